@@ -1,0 +1,469 @@
+"""What every experiment shares and no paper owns: options, data, a run's files, pictures, and the instruments that
+measure all methods alike. Networks, losses, optimizers and update orders stay in the experiments.
+"""
+import argparse, csv, ctypes, inspect, json, os, platform, re, signal, subprocess, sys, time, uuid  # noqa: E401
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, interpolate, one_hot, pad
+
+ROOT = Path(__file__).resolve().parent
+FREE_ON_RESUME = {"resume", "epochs", "device", "data_dir", "wandb", "eval_every", "eval_weights"}  # all else must agree
+
+
+def fail(message, code=2):
+    """One clear line on stderr and exit code 2: for all that a user can get wrong."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def option(default, help, choices=None, low=None, high=float("inf")):
+    """A dataclass field that is a command-line option; the bounds are inclusive."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+
+
+@dataclass
+class Protocol:
+    """The options that all experiments have in common; each Config adds its own."""
+    seed: int = option(0, "seed of the initial weights, the shuffling and z", low=0)
+    device: str = option("auto", "auto takes cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
+    data_dir: str = option(os.path.relpath(ROOT / "data"), "folder of the datasets, laid out as torchvision does")
+    dataset: str = option("mnist", "mnist, fashion_mnist, cifar10, celeba or folder:PATH (your own pictures)")
+    split: str = option("dw", "dw: official test images (different writers); sw: a sixth of the training images (same "
+                        "writers); val: another sixth, to choose hyperparameters on", choices=("dw", "sw", "val"))
+    out_dir: str = option(os.path.relpath(ROOT / "runs"), "a run is written to OUT_DIR/<experiment>/<run-name>")
+    run_name: str = option("", "name of the run (default: time and seed)")
+    wandb: bool = option(False, "mirror the run to Weights & Biases (WANDB_MODE=offline works too)")
+    smoke: bool = option(False, "a tiny subset and a few steps through the whole path, in seconds")
+    matmul: str = option("auto", "fp32 matrix products; auto: medium where it keeps fp32 accuracy, else highest",
+                         choices=("auto", "highest", "medium"))
+
+
+def parse_config(Config, argv=None):
+    """Command line → Config; under --resume, the checkpoint's config is the default. Bad input: one line, exit 2."""
+    parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    flags = {f.name: "--" + f.name.replace("_", "-") for f in fields(Config)}
+    for f in fields(Config):
+        text = f"{f.metadata['help']} (default: {f.default if f.default != '' else 'none'})".replace("%", "%%")
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {
+            "type": type(f.default), "choices": f.metadata["choices"],
+            "metavar": "|".join(f.metadata["choices"] or [f.name.upper()])}
+        parser.add_argument(flags[f.name], default=argparse.SUPPRESS, help=text, **kind)
+    given = vars(parser.parse_args(argv))
+    if given.get("resume"):
+        saved = load_checkpoint(given["resume"], Config)["config"]
+        for key in given.keys() - FREE_ON_RESUME:
+            if given[key] != saved[key]:
+                fail(f"{given['resume']} was trained with {flags[key]} {saved[key]}, not {given[key]}")
+        given = saved | given
+    for f in fields(Config):
+        value, low, high = given.get(f.name, f.default), f.metadata["low"], f.metadata["high"]
+        if low is not None and not low <= value <= high:  # NaN too
+            fail(f"{flags[f.name]} {value}: must be at least {low}" + f" and at most {high}" * (high < float("inf")))
+    return Config(**given)
+
+
+def pick_device(name="auto"):
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(kind for kind in have if have[kind]) if name == "auto" else name
+    return torch.device(name) if have.get(name) else fail(f"--device {name}: there is no such device here")
+
+
+def seed_everything(seed):
+    torch.manual_seed(seed)  # of all devices; nothing here draws from numpy's or Python's global generators
+
+
+def probe_matmul(device):
+    """'medium' where it keeps fp32 accuracy (CPUs where it only picks another library), 'highest' where it rounds."""
+    a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
+    torch.set_float32_matmul_precision("medium")
+    product, exact = (a.to(device) @ b.to(device)).cpu().double(), a.double() @ b.double()
+    return "medium" if (product - exact).norm() < 2e-6 * exact.norm() else "highest"
+
+
+def setup(config):
+    """Seeds, resolves --matmul auto in the config, makes a CPU fast; returns the torch.device."""
+    seed_everything(config.seed)
+    device = pick_device(config.device)
+    if platform.libc_ver()[0] == "glibc":  # keep freed tensors in the process: no page faults in the inner loop
+        for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, 1 << 30)
+    config.matmul = probe_matmul(device) if config.matmul == "auto" else config.matmul
+    torch.set_float32_matmul_precision(config.matmul)
+    return device
+
+
+def load_images(name, data_dir=ROOT / "data", split="dw", device="cpu", size=None, limit=None):
+    """x_train, y_train, x_test, y_test: images (N, C, H, W) in [0, 1] and labels (N,), or None, on the device.
+
+    name: mnist, fashion_mnist (28×28), cifar10 (32×32), celeba, folder:PATH (64×64); `size` resizes to size×size.
+    split: dw is the official one; sw holds out a sixth of the training images (10,000 of MNIST's 60,000), val another
+    sixth, on which sw trains; always the same shuffle. A folder has no official test images: its dw is sw.
+    limit: only so many training images, half as many for test. Bad input: one line, exit 2.
+    """
+    from torchvision import datasets
+    classes = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10,
+               "celeba": datasets.CelebA}
+    cls, folder = classes.get(name), Path(data_dir)
+    if name.startswith("folder:"):
+        folder = Path(name.removeprefix("folder:")).expanduser()
+        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif"))
+        if len(paths) < 6:
+            fail(f"--dataset {name}: " + (f"only {len(paths)} pictures there" if folder.is_dir() else "no such folder"))
+        parts = [(read_pictures(paths[:limit], size or 64), None)]
+    elif not cls:
+        fail(f"--dataset {name}: unknown; choose {', '.join(classes)} or folder:PATH")
+    else:
+        for file, md5 in [(cls.filename, cls.tgz_md5)] if name == "cifar10" else getattr(cls, "resources", []):
+            file = folder / ("" if name == "cifar10" else f"{cls.__name__}/raw") / file
+            if file.exists() and not datasets.utils.check_integrity(file, md5):
+                fail(f"{file} is corrupt (wrong MD5): delete it and run again to fetch it anew")
+        try:
+            parts = [cls(folder, part, download=True) for part in (("train", "test") if name == "celeba" else (True, False))]
+        except Exception as error:  # torchvision raises many kinds: no network, no permission, a damaged file
+            fail(f"{name} is not in {folder} and could not be fetched, or is damaged there ({error})")
+        pictures = folder / "celeba/img_align_celeba"
+        parts = [(read_pictures([pictures / file for file in part.filename[:limit]], size or 64), None) if name == "celeba"
+                 else (torch.as_tensor(part.data), torch.as_tensor(part.targets)) for part in parts]
+
+    if split != "dw" or len(parts) == 1:
+        (x, y), n = parts[0], len(parts[0][0]) // 6
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        order = order[n:] if split == "val" else order  # val never sees the test images of sw
+        parts = [(x[i], None if y is None else y[i]) for i in (order[n:], order[:n])]
+    result = []
+    for (x, y), n in zip(parts, (limit, limit and limit // 2)):
+        x = x[:n].reshape(*x[:n].shape[:3], -1).permute(0, 3, 1, 2).to(device).float().div_(255).contiguous()
+        x = interpolate(x, (size, size), mode="bilinear", antialias=True) if size and size != x.shape[-1] else x
+        result += [x, None if y is None else y[:n].to(device)]
+    return result
+
+
+def read_pictures(paths, size):
+    """Decode, resize and crop to the central square: uint8 (N, size, size, 3), or (…, 1) if all are grey."""
+    from torchvision.io import decode_image
+    from torchvision.transforms.functional import center_crop, resize
+    pictures = []
+    for path in progress(iterable=paths, desc="reading pictures") or paths:
+        try:
+            pictures.append(center_crop(resize(decode_image(str(path), "RGB"), size, antialias=True), size))
+        except RuntimeError as error:
+            fail(f"{path}: not a readable picture ({error})")
+    x = torch.stack(pictures).permute(0, 2, 3, 1)
+    return x[..., :1] if (x == x[..., :1]).all() else x
+
+
+def batches(n, size, generator, skip=0):
+    """Indices of one epoch's shuffled batches on the generator's device; the last, partial batch is dropped."""
+    order = torch.randperm(n, device=generator.device, generator=generator)
+    yield from order[:n - n % size].view(-1, size)[skip:]
+
+
+def in_chunks(function, x, size=2000):
+    """function(x), computed chunk by chunk without gradients."""
+    with torch.no_grad():
+        return torch.cat([function(part) for part in x.split(size)])
+
+
+@contextmanager
+def atomic(path):
+    """Yield a temporary name beside `path` that is renamed onto it only if all went well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror or error}")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, Config):
+    """What Run.save wrote, on the CPU; exit 2 unless it is that, of Config's experiment and with its fields."""
+    experiment = Path(inspect.getfile(Config)).stem
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        of, has = checkpoint["experiment"], checkpoint["config"].keys()
+    except Exception as error:  # torch.load raises many kinds for a file that is none of its own
+        fail(f"{path}: " + ("no such file" if isinstance(error, FileNotFoundError) else "no checkpoint, or a damaged one"))
+    if of != experiment or has != {f.name for f in fields(Config)}:
+        fail(f"{path} is a checkpoint of {of}" + (f", not of {experiment}" if of != experiment else "'s other version"))
+    return checkpoint
+
+
+def progress(**options):
+    """A tqdm bar, or None where tqdm is not installed."""
+    try:
+        from tqdm import tqdm
+        return tqdm(mininterval=0.5 if sys.stderr.isatty() else 30, **options)
+    except ImportError:
+        return None
+
+
+class Run:
+    """A run's folder OUT_DIR/<experiment>/<run-name>/ (config.json, metrics.csv, summary.json, PNGs, checkpoint.pt,
+    model.pt), its progress bar, its answer to Ctrl-C and NaN, its mirror in W&B.
+
+    params: number of trainable parameters; unit: what is counted along the run, 'epoch' or 'step'.
+    Given the checkpoint of config.resume, the run goes on in that folder; `done` units are behind it.
+    """
+    done, rows = property(lambda self: self.at["done"]), property(lambda self: self.at["rows"])
+
+    def __init__(self, config, device, params, checkpoint=None, unit="epoch"):
+        file = Path(inspect.getfile(type(config)))
+        self.config, self.unit, self.mark, self.trained, self.stop, self.bar = config, unit, None, [0, 0.0], False, None
+        self.at = {"id": uuid.uuid4().hex[:8], "done": 0, "steps": 0, "images": 0, "wall_s": 0, "rows": []}
+        if checkpoint:
+            self.at = checkpoint["run"]
+            for restore, state in zip((torch.set_rng_state, torch.cuda.set_rng_state_all), checkpoint["random"]):
+                restore(state)
+        self.born, self.wandb = time.time() - self.at["wall_s"], self._wandb_ready() if config.wandb else None
+        if checkpoint:
+            self.dir = Path(config.resume).absolute().parent
+        else:
+            name = config.run_name or f"{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}-{self.at['id'][:3]}"
+            self.dir = Path(config.out_dir, file.stem, name)
+            try:
+                self.dir.mkdir(parents=True)
+            except OSError as error:
+                fail(f"{self.dir} exists: choose another --run-name, or go on with it by --resume" if self.dir.is_dir()
+                     else f"cannot write {self.dir}: {error.strerror}")
+        config.run_name = self.dir.name
+        setting = [f"{f.name} {getattr(config, f.name)}" for f in fields(config) if getattr(config, f.name) != f.default
+                   and f.name not in FREE_ON_RESUME and f.name in type(config).__annotations__]
+        git = [subprocess.run(f"git {command}", shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+               for command in ("rev-parse HEAD", "status --porcelain --untracked-files=no")]
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc/cpuinfo") else 0
+        cpu = f"{cpu[1] if cpu else platform.processor()}, {torch.get_num_threads()} threads"
+        self.facts = {"experiment": file.stem, "run": config.run_name, "setting": ", ".join(setting),
+                      "dataset": config.dataset, "split": config.split, "seed": config.seed, "params": params,
+                      "command": " ".join(["python", f"{file.parent.name}/{file.name}", *sys.argv[1:]]),
+                      "hardware": torch.cuda.get_device_name() if device.type == "cuda" else cpu,
+                      "torch": torch.__version__, "commit": git[0], "dirty": bool(git[1])}
+        self._json("config", {"config": asdict(config), **self.facts, "id": self.at["id"], "numpy": np.__version__,
+                              "python": platform.python_version(), "platform": platform.platform()})
+        self.summarize("running")
+        if self.wandb:
+            try:
+                self.wandb = self.wandb.init(
+                    project="alae", group=file.stem, job_type=file.parent.name, name=config.run_name, id=self.at["id"],
+                    tags=[config.dataset, config.split], resume="allow", config=asdict(config))
+            except Exception as error:
+                fail(f"--wandb: {error}")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt)
+
+    def _wandb_ready(self):
+        try:
+            import wandb
+        except ImportError:
+            fail("--wandb: the package wandb is not installed")
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+            fail("--wandb: nobody is logged in: run 'wandb login' first, or set WANDB_MODE=offline")
+        return wandb
+
+    def _mirror(self, function):
+        """W&B never stops a training: after its first failure it is left alone."""
+        try:
+            self.wandb and function(self.wandb)
+        except Exception as error:
+            self.wandb = print(f"W&B failed, training goes on without it: {error}", file=sys.stderr)
+
+    def _json(self, name, content):
+        with atomic(self.dir / f"{name}.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+    def _interrupt(self, *_):
+        self.stop = True  # the training loop looks at it after each step
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second time: at once
+
+    def tick(self, images, loss, steps):
+        """After each of `steps` training steps: bar, throughput, and now and then the loss, which must be finite."""
+        self.at["images"], self.at["steps"], now = self.at["images"] + images, self.at["steps"] + 1, time.perf_counter()
+        if self.mark:  # the first step after a start or an evaluation is left out
+            self.trained = [self.trained[0] + images, self.trained[1] + now - self.mark]
+        self.mark, n = now, self.at["steps"]
+        self.bar = self.bar or progress(total=steps, initial=n - 1, desc=self.facts["experiment"])
+        self.bar and self.bar.update()
+        if n % 50 == 0:
+            text = f"loss {self.finite(loss):.4g}"
+            self.bar and self.bar.set_postfix_str(text, refresh=False)
+            if not self.bar and n % 500 == 0:
+                print(f"step {n}/{steps}, {text}, ETA {(steps - n) * images * self.trained[1] / self.trained[0]:.0f} s")
+
+    def finite(self, loss):
+        if not np.isfinite(loss := float(loss)):
+            self.summarize("diverged")
+            fail(f"the loss became {loss} in {self.unit} {self.done + 1}: stopped. A smaller --lr may help; what "
+                 f"{self.dir} holds is from before", code=1)
+        return loss
+
+    def log(self, row):
+        """Add a row (the contract's keys, and the unit) to metrics.csv; mirror it in summary.json and W&B."""
+        self.at["done"], self.mark = row[self.unit], None
+        row = row | ({"perf/images_per_s": self.trained[0] / self.trained[1]} if self.trained[1] else {})
+        self.rows.append(row)
+        with atomic(self.dir / "metrics.csv") as temporary, open(temporary, "w", newline="") as table:
+            writer = csv.DictWriter(table, dict.fromkeys(key for row in self.rows for key in row))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        self.summarize("running")
+        self._mirror(lambda w: w.log(row, step=self.done))
+
+    def summarize(self, status, **metrics):
+        last = {key: value for row in self.rows for key, value in row.items() if key != self.unit}
+        self.summary = self.facts | {f"{self.unit}s": self.done, "images_seen": self.at["images"], "status": status,
+                                     "wall_s": round(time.time() - self.born, 1)} | last | metrics
+        self._json("summary", self.summary)
+
+    def picture(self, name, figure):
+        """Save a matplotlib figure as <name>.png."""
+        with atomic(path := self.dir / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+        self._mirror(lambda w: w.log({f"media/{name}": sys.modules["wandb"].Image(str(path))}, step=self.done))
+
+    def save(self, name, **content):
+        """torch.save of the content, with all that load_checkpoint and a continuation need."""
+        self.at["wall_s"] = time.time() - self.born
+        random = [torch.get_rng_state()] + [torch.cuda.get_rng_state_all()] * torch.cuda.is_available()
+        with atomic(self.dir / name) as temporary:
+            torch.save({"experiment": self.facts["experiment"], "config": asdict(self.config), "run": self.at,
+                        "random": random, **content}, temporary)
+
+    def leave(self):
+        """After Ctrl-C, once the checkpoint is saved: say how to go on, and exit."""
+        self.bar and self.bar.close()
+        self.summarize("interrupted")
+        self._mirror(lambda w: w.finish(exit_code=130))
+        fail(f"interrupted; go on with: python {sys.argv[0]} --resume {self.dir / 'checkpoint.pt'}", code=130)
+
+    def finish(self, **metrics):
+        """Add the final metrics to the summary, close the run and print them."""
+        self.bar and self.bar.close()
+        self.summarize("done", **metrics)
+        self._mirror(lambda w: (w.summary.update(self.summary), w.finish()))
+        for key in [key for key in self.summary if key.startswith(("eval/", "perf/"))]:
+            print(f"{key:24s} {self.summary[key]:10.4g}")
+        print(f"{self.dir}: {len(list(self.dir.glob('*.png')))} pictures, {self.summary['wall_s']:.0f} s")
+
+
+def recon_mse(x, x_hat):
+    """Mean over images and pixels of (x − x̂)², x̂ clipped to [0, 1]."""
+    return (x - x_hat.clamp(0, 1)).square().mean().item()
+
+
+@torch.no_grad()
+def knn_accuracy(train, y_train, test, y_test):
+    """% right of the nearest neighbour (L2) of each test row (M, d) among the training rows (N, d)."""
+    centre = train.mean(0)  # centred, for the accuracy of ‖a‖² − 2ab
+    train = train - centre
+    norms = train.square().sum(1)
+    nearest = in_chunks(lambda part: torch.addmm(norms, part - centre, train.T, alpha=-2).argmin(1), test, 500)
+    return 100 * (y_train[nearest] == y_test).double().mean().item()
+
+
+@torch.no_grad()
+def svm_accuracy(train, y_train, test, y_test, C=0.02):
+    """% right of liblinear's LinearSVC: one-vs-rest, min ½‖w‖² + C Σ max(0, 1 − y w·x)², the bias a regularised weight of
+    a constant feature. L-BFGS to the optimum, in v = Lᵀw with LLᵀ = I + 2C XᵀX, the Hessian at 0."""
+    X, X_test = pad(train, (0, 1), value=1.0), pad(test, (0, 1), value=1.0)
+    Y = 2 * one_hot(y_train).to(X) - 1  # (N, classes)
+    L = torch.linalg.cholesky(torch.eye(X.shape[1], device=X.device) + 2 * C * X.T @ X)
+    v = torch.zeros(X.shape[1], Y.shape[1], device=X.device, requires_grad=True)
+
+    def loss():
+        w = torch.linalg.solve_triangular(L.T, v, upper=True)
+        slack = (1 - Y * (X @ w)).clamp_(min=0)
+        v.grad = torch.linalg.solve_triangular(L, w - 2 * C * X.T @ (Y * slack), upper=False).contiguous()
+        return 0.5 * w.square().sum() + C * slack.square().sum()
+    torch.optim.LBFGS([v], max_iter=200, tolerance_grad=1e-4, tolerance_change=0, line_search_fn="strong_wolfe").step(loss)
+    w = torch.linalg.solve_triangular(L.T, v, upper=True)
+    return 100 * ((X_test @ w).argmax(1) == y_test).double().mean().item()
+
+
+def mlp_accuracy(train, y_train, test, y_test, epochs=20, width=128):
+    """% right of an MLP with one hidden layer on standardised features (Adam 1e-3, batch 250; seed 0, always)."""
+    mean, std, generator = train.mean(0), train.std(0) + 1e-6, torch.Generator(train.device).manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(train.shape[1], width), nn.ReLU(), nn.Linear(width, int(y_train.max()) + 1))
+    optimizer = torch.optim.Adam(net.to(train.device).parameters(), fused=True)
+    for i in (i for _ in range(epochs) for i in batches(len(train), min(250, len(train)), generator)):
+        optimizer.zero_grad()
+        cross_entropy(net((train[i] - mean) / std), y_train[i]).backward()
+        optimizer.step()
+    return 100 * (net((test - mean) / std).argmax(1) == y_test).double().mean().item()
+
+
+def accuracies(kind, *features, prefix="eval"):
+    """The contract's accuracies; features: train (N, d), y_train, test (M, d), y_test; kind: short, or long (no MLP)."""
+    methods = {"knn": knn_accuracy, "svm": svm_accuracy} | ({"mlp": mlp_accuracy} if kind == "short" else {})
+    return {f"{prefix}/{name}_acc_{kind}": method(*features) for name, method in methods.items()}
+
+
+def LeNet():
+    """The net behind eval/identity and eval/fid: digits (B, 1, 28, 28) in [0, 1] → 84 features (net[:-1]) → logits."""
+    return nn.Sequential(
+        nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(800, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10))
+
+
+@cache
+def lenet(device):
+    """The committed LeNet, which never changes (made by `python assets/train_lenet.py`)."""
+    net = LeNet().to(device)
+    net.load_state_dict(torch.load(ROOT / "assets" / "lenet.pt", map_location=device, weights_only=True))
+    return net
+
+
+def judge(x, net):
+    """LeNet, or a part of it, on any images: grey, antialiased to 28×28 where larger, clipped to [0, 1]."""
+    x = x.mean(1, keepdim=True)
+    x = x if x.shape[-1] == 28 else interpolate(x, (28, 28), mode="bilinear", antialias=True)
+    return in_chunks(net, x.clamp(0, 1))
+
+
+def identity(x_hat, y):
+    """% of reconstructions that LeNet gives the true label."""
+    return 100 * (judge(x_hat, lenet(x_hat.device)).argmax(1) == y).double().mean().item()
+
+
+def fid(x, x_fake):
+    """LeNet-FID ‖μ − μ'‖² + tr(C + C' − 2(CC')^½), on the 84 penultimate features; comparable with itself alone."""
+    f, g = (judge(images, lenet(x.device)[:-1]).double().cpu().numpy() for images in (x, x_fake))
+    C, D = np.cov(f.T), np.cov(g.T)
+    cross = np.sqrt(np.linalg.eigvals(C @ D).astype(complex)).real.sum()
+    return float(np.square(f.mean(0) - g.mean(0)).sum() + np.trace(C + D) - 2 * cross)
+
+
+def grid(images, columns, title, rows=()):
+    """A figure of images (N, C, H, W), row by row; rows: names of the rows."""
+    from matplotlib.figure import Figure
+    images, lines = pad(images.detach().float().cpu().clamp(0, 1), (1, 1, 1, 1), value=1), -(-len(images) // columns)
+    sheet = torch.cat([torch.cat(list(line), 2) for line in images.split(columns)], 1).permute(1, 2, 0)
+    figure = Figure(figsize=(8, 0.5 + 8 * lines / columns))
+    axes, height = figure.add_subplot(title=title), sheet.shape[0] / lines
+    axes.imshow(sheet if sheet.shape[2] > 1 else sheet[..., 0], cmap="gray", interpolation="nearest")
+    axes.set(xticks=[], yticks=[(i + 0.5) * height for i in range(len(rows))], yticklabels=rows)
+    return figure
+
+
+def curves(panels, xlabel, title):
+    """A figure with a panel for each {ylabel: {label: (xs, ys)}}."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(3.6 * len(panels), 3), layout="constrained")
+    for axes, (ylabel, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for label, (xs, ys) in lines.items():
+            axes.plot(xs, ys, label=label)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(title)
+    return figure

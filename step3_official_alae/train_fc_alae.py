@@ -1,0 +1,302 @@
+"""Adversarial Latent Autoencoder (ALAE), arXiv 2004.04467: the official fully connected MNIST model, distilled.
+
+Four maps: F: z → w, G: w → x, E: x → w, D: w → ℝ. G∘F is a generator, D∘E its critic, and E inverts G on the latents w,
+so that the reconstruction G(E(x)) never compares pixels. Algorithm 1 of the paper, each step on fresh z ~ N(0, I):
+
+    I.   E, D   minimise  L_adv^{E,D} = softplus(D(E(G(F(z))))) + softplus(−D(E(x))) + γ/2 ‖∇ₓ D(E(x))‖²    (R1)
+    II.  F, G   minimise  L_adv^{F,G} = softplus(−D(E(G(F(z)))))
+    III. E, G   minimise  L_err^{E,G} = ‖F(z) − E(G(F(z)))‖²
+
+    python step3_official_alae/train_fc_alae.py                                      # 20 epochs
+    python step3_official_alae/train_fc_alae.py --epochs 6 --lr 0.008 --batch-size 64   # the README's quick line
+    python step3_official_alae/train_fc_alae.py --epochs 600                         # the official length
+    python step3_official_alae/train_fc_alae.py --resume runs/train_fc_alae/NAME/checkpoint.pt --epochs 100
+
+Deviations from the paper (P) or the official code (O, github.com/podgorskiy/ALAE, mnist_fc.yaml):
+ 1. P: "Adam"; O and here: LREQAdam, Adam with β1 = 0 whose step is multiplied by each layer's He constant (see below).
+ 2. P: Step III updates E and G; O and here: its optimizers hold D and F as well. F moves (only the target w is
+    detached); D gets zero gradients, which halve its second moment and so make its steps √2 larger.
+ 3. O: the main branch trains on x ∈ [−1, 1]; here [0, 1] (--input-range), as in O's branch for the paper's MNIST
+    section. That branch also has leaky slope 0.01 in G and on E's output (--slope).
+ 4. O: 400 to 600 epochs; here 20 by default, which fit a CPU.
+ 5. O: D has 50 outputs, of which the first is used; here it has that one.
+ 6. O: the averaged weights start at a second random initialization; here at the first. Forgotten within an epoch.
+ 7. O: features for the classifiers come from the raw weights, pictures from the averaged; here both come from
+    --eval-weights, ema by default.
+"""
+import copy
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from torch import nn
+from torch.nn.functional import softplus
+
+import shared
+from shared import option
+
+
+@dataclass
+class Config(shared.Protocol):
+    epochs: int = option(20, "passes over the training images (mnist_fc.yaml: 600)", low=1)
+    batch_size: int = option(128, "images per step (mnist_fc.yaml)", low=1)
+    lr: float = option(0.002, "learning rate, constant (mnist_fc.yaml)", low=1e-9)
+    latent_dim: int = option(50, "dimension of z and of w (paper §6.1)", low=1)
+    gamma: float = option(10.0, "weight γ of R1 (paper, algorithm 1)", low=0)
+    ema: float = option(10_000.0, "half-life, in images, of the averaged weights (train_alae.py)", low=1)
+    input_range: str = option("01", "pixels in [0, 1] (branch mnist_ref) or [−1, 1] (main branch)", choices=("01", "11"))
+    slope: float = option(0.2, "leaky slope in G and on E's output (net.py; branch mnist_ref: 0.01)", low=0, high=1)
+    eval_weights: str = option("ema", "evaluate the averaged or the raw weights", choices=("raw", "ema"))
+    eval_every: int = option(5, "epochs between cheap evaluations, and pictures", low=1)
+    references: bool = option(False, "score raw pixels and the untrained encoder too, for the tables (a minute)")
+    resume: str = option("", "checkpoint.pt to go on from")
+    benchmark: bool = option(False, "measure the speed of a training step, and stop")
+
+
+# B batch, Z = W = latent_dim, X = pixels (784), H = 1024
+
+class Linear(nn.Linear):
+    """Linear layer with the official equalized learning rate (lreq.py): weights start at N(0, gain²/fan_in), and
+    LREQAdam multiplies the steps of weight and bias by the coefficients noted here."""
+
+    def __init__(self, fan_in, fan_out, lrmul=1.0, gain=math.sqrt(2)):
+        super().__init__(fan_in, fan_out)
+        nn.init.normal_(self.weight, std=gain / math.sqrt(fan_in))
+        nn.init.zeros_(self.bias)
+        self.weight.lr_equalization_coef = gain / math.sqrt(fan_in) * lrmul
+        self.bias.lr_equalization_coef = lrmul
+
+
+class PixelNorm(nn.Module):
+    def forward(self, z):
+        return z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8)
+
+
+def build(config, X):
+    """F, G, E, D as nn.Sequential."""
+    Z, H, leaky, leaky_out = config.latent_dim, 1024, nn.LeakyReLU(0.2), nn.LeakyReLU(config.slope)
+    F = nn.Sequential(PixelNorm(), *(layer for _ in range(6) for layer in (Linear(Z, Z, lrmul=0.1), leaky)))
+    G = nn.Sequential(Linear(Z, H), leaky_out, Linear(H, H), leaky_out, Linear(H, X))
+    E = nn.Sequential(Linear(X, H), leaky, Linear(H, H), leaky, Linear(H, Z), leaky_out)
+    D = nn.Sequential(Linear(Z, Z, lrmul=0.1), Linear(Z, Z, lrmul=0.1), Linear(Z, 1, lrmul=0.1))  # linear, as official
+    return nn.ModuleDict({"F": F, "G": G, "E": E, "D": D})
+
+
+class LREQAdam(torch.optim.Adam):
+    """The official optimizer (custom_adam.py): with g the gradient of w and c its lr_equalization_coef,
+
+        v ← β2 v + (1 − β2) g²,    w ← w − lr c √(1 − β2^t) g / (√v + ε)
+
+    That is torch's Adam with β1 = 0 and a learning rate lr·c for each c, but for ε, which torch adds after the bias
+    correction of √v; ε/√(1 − β2^t) undoes that. The fused kernel makes one pass over the weights.
+    """
+
+    def __init__(self, params, lr, beta2=0.99, eps=1e-8):
+        groups = {}
+        for p in params:
+            groups.setdefault(p.lr_equalization_coef, []).append(p)
+        super().__init__([{"params": ps, "lr": lr * c, "t": 0} for c, ps in groups.items()], betas=(0.0, beta2), eps=eps,
+                         fused=True)
+
+    def step(self):
+        for group in self.param_groups:
+            group["t"] += 1
+            group["eps"] = self.defaults["eps"] / math.sqrt(1 - group["betas"][1] ** group["t"])
+        super().step()
+
+
+def L_adv_ED(D, E, x, x_fake, gamma):
+    """softplus(D(E(x_fake))) + softplus(−D(E(x))) + γ/2 ‖∇ₓ D(E(x))‖², mean over the batch, and its last term."""
+    x.requires_grad_(gamma > 0)
+    real, fake = D(E(x)), D(E(x_fake))  # (B, 1)
+    r1 = gamma / 2 * r1_penalty(real, x) if gamma > 0 else torch.zeros((), device=x.device)
+    return (softplus(fake) + softplus(-real)).mean() + r1, r1
+
+
+def r1_penalty(real, x):
+    """‖∇ₓ D(E(x))‖², mean over the batch (arXiv 1801.04406)."""
+    gradient, = torch.autograd.grad(real.sum(), x, create_graph=True)  # (B, X)
+    return gradient.square().sum(1).mean()
+
+
+def L_adv_FG(D, E, x_fake):
+    """softplus(−D(E(x_fake))), mean over the batch."""
+    return softplus(-D(E(x_fake))).mean()
+
+
+def L_err_EG(E, G, w):
+    """‖w − E(G(w))‖², mean over batch and dimensions; the target w is detached, the input is not (official code)."""
+    return (w.detach() - E(G(w))).square().mean()
+
+
+def train_step(nets, opt_ED, opt_FG, x, config):
+    """One iteration of algorithm 1 on x (B, X). Returns detached losses."""
+    F, G, E, D = nets["F"], nets["G"], nets["E"], nets["D"]
+    z_I, z_II, z_III = torch.randn(3, len(x), config.latent_dim, device=x.device)  # (B, Z) each
+
+    # Step I: the critic D∘E tells data from samples.
+    with torch.no_grad():
+        x_fake = G(F(z_I))
+    opt_ED.zero_grad()
+    loss_ED, r1 = L_adv_ED(D, E, x, x_fake, config.gamma)
+    loss_ED.backward()
+    opt_ED.step()
+
+    # Step II: the generator G∘F moves against it.
+    E.requires_grad_(False), D.requires_grad_(False)
+    opt_FG.zero_grad()
+    loss_FG = L_adv_FG(D, E, G(F(z_II)))
+    loss_FG.backward()
+    opt_FG.step()
+    E.requires_grad_(True), D.requires_grad_(True)
+
+    # Step III: E inverts G, on latents.
+    opt_ED.zero_grad(), opt_FG.zero_grad()
+    for p in D.parameters():  # zeros, not None: its second moment decays (deviation 2)
+        p.grad = torch.zeros_like(p)
+    loss_err = L_err_EG(E, G, F(z_III))
+    loss_err.backward()
+    opt_ED.step(), opt_FG.step()
+    return torch.stack([loss_ED, loss_FG, loss_err, r1]).detach()
+
+
+LOSSES = ("train/L_adv_ED", "train/L_adv_FG", "train/L_err_EG", "train/r1")
+
+
+@torch.no_grad()
+def update_ema(averaged, nets, decay):
+    torch._foreach_lerp_(list(averaged.parameters()), list(nets.parameters()), 1 - decay)
+
+
+def to_x(images, config):
+    """Images (N, C, H, W) in [0, 1] → x (N, X) in the range that the networks see."""
+    return images.flatten(1) * 2 - 1 if config.input_range == "11" else images.flatten(1)
+
+
+def to_images(x, config, shape):
+    x = (x + 1) / 2 if config.input_range == "11" else x
+    return x.unflatten(1, shape)
+
+
+def fixed_z(n, config, device):
+    """The same z (n, Z) in every run and at every time, for pictures and FID."""
+    return torch.randn(n, config.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def evaluate(nets, data, config, full, prefix="eval"):
+    """The contract's metrics: the cheap ones (MSE, 1-NN on short features), or all. data: x (N, X) and labels."""
+    x_train, y_train, x_test, y_test, shape = data
+    F, G, E = nets["F"], nets["G"], nets["E"]
+    x_rec = to_images(shared.in_chunks(lambda x: G(E(x)), x_test), config, shape)
+    metrics = {f"{prefix}/recon_mse": shared.recon_mse(to_images(x_test, config, shape), x_rec)}
+    if y_test is not None:  # short features: E(x), (N, W); long: before E's last layer, (N, H)
+        for kind, features in (("short", E), ("long", E[:4])) if full else (("short", E),):
+            train, test = shared.in_chunks(features, x_train), shared.in_chunks(features, x_test)
+            metrics |= shared.accuracies(kind, train, y_train, test, y_test, prefix=prefix) if full else {
+                f"{prefix}/knn_acc_short": shared.knn_accuracy(train, y_train, test, y_test)}
+    if full and config.dataset == "mnist":
+        samples = shared.in_chunks(lambda z: G(F(z)), fixed_z(10_000, config, x_test.device))
+        metrics[f"{prefix}/identity"] = shared.identity(x_rec, y_test)
+        metrics[f"{prefix}/fid"] = shared.fid(to_images(x_test, config, shape), to_images(samples, config, shape))
+    return metrics
+
+
+@torch.no_grad()
+def draw(nets, data, config, run):
+    """Reconstructions, samples, interpolations (the same test images and z every time) and the curves so far."""
+    x_test, shape, epoch = data[2], data[4], run.done
+    F, G, E = nets["F"], nets["G"], nets["E"]
+    x = x_test[:50]
+    pairs = torch.stack([x.view(5, 10, -1), G(E(x)).view(5, 10, -1)], 1).flatten(0, 2)  # rows x, G(E(x)), x, …
+    run.picture("reconstructions", shared.grid(to_images(pairs, config, shape), 10,
+                f"Test images x and reconstructions G(E(x)), epoch {epoch}", ["x", "G(E(x))"] * 5))
+    samples = G(F(fixed_z(100, config, x.device)))
+    run.picture("samples", shared.grid(to_images(samples, config, shape), 10, f"Samples G(F(z)), epoch {epoch}"))
+    w_a, w_b, t = E(x[:8, None]), E(x[8:16, None]), torch.linspace(0, 1, 10, device=x.device)[:, None]
+    run.picture("interpolations", shared.grid(to_images(G((1 - t) * w_a + t * w_b).flatten(0, 1), config, shape), 10,
+                f"G((1 − t) E(x₁) + t E(x₂)), t = 0 … 1, epoch {epoch}"))
+
+    def line(key):
+        rows = [row for row in run.rows if key in row]
+        return [row["epoch"] for row in rows], [row[key] for row in rows]
+    run.picture("curves", shared.curves({
+        "adversarial losses": {name: line(f"train/{name}") for name in ("L_adv_ED", "L_adv_FG", "r1")},
+        "L_err_EG": {"L_err_EG": line("train/L_err_EG")}, "reconstruction MSE": {"test": line("eval/recon_mse")},
+        "1-NN accuracy on E(x), %": {"test": line("eval/knn_acc_short")}}, "epoch", "FC ALAE"))
+
+
+def load_model(path):
+    """The networks of a model.pt, F, G, E, D, and its config."""
+    saved = shared.load_checkpoint(path, Config)
+    config = Config(**saved["config"])
+    nets = build(config, saved["E"]["0.weight"].shape[1])
+    for name in nets:
+        nets[name].load_state_dict(saved[name])
+    return nets, config
+
+
+def main(config):
+    device = shared.setup(config)
+    checkpoint = shared.load_checkpoint(config.resume, Config) if config.resume else None
+    x_train, y_train, x_test, y_test = shared.load_images(config.dataset, config.data_dir, config.split, device,
+                                                          limit=512 if config.smoke else None)
+    data = to_x(x_train, config), y_train, to_x(x_test, config), y_test, x_test.shape[1:]
+    x_train, X = data[0], data[0].shape[1]
+    if config.smoke:
+        config.epochs = min(config.epochs, 2)
+    if config.latent_dim > X:
+        shared.fail(f"--latent-dim {config.latent_dim} is larger than the data, {X} pixels")
+    if (steps := len(x_train) // config.batch_size) == 0:
+        shared.fail(f"--batch-size {config.batch_size} is larger than the data, {len(x_train)} images")
+
+    nets = build(config, X).to(device)
+    averaged = copy.deepcopy(nets).requires_grad_(False)
+    opt_ED = LREQAdam([*nets["E"].parameters(), *nets["D"].parameters()], config.lr)
+    opt_FG = LREQAdam([*nets["F"].parameters(), *nets["G"].parameters()], config.lr)
+    parts = {"nets": nets, "averaged": averaged, "opt_ED": opt_ED, "opt_FG": opt_FG}
+    first, losses = 0, torch.zeros(len(LOSSES), device=device)  # steps behind us in this epoch, and their losses
+    if checkpoint:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        first, losses = checkpoint["step"], checkpoint["losses"].to(device)
+        if checkpoint["run"]["done"] > config.epochs:
+            shared.fail(f"--epochs {config.epochs}: {config.resume} has {checkpoint['run']['done']} already")
+    evaluated = averaged if config.eval_weights == "ema" else nets
+    run = shared.Run(config, device, sum(p.numel() for p in nets.parameters()), checkpoint)
+
+    def save(step):
+        run.save("checkpoint.pt", step=step, losses=losses, **{name: part.state_dict() for name, part in parts.items()})
+
+    if not checkpoint:  # the untrained encoder
+        row = {"epoch": 0} | evaluate(nets, data, config, full=False)
+        if config.references:
+            row |= evaluate(nets, data, config, full=True, prefix="untrained") | shared.accuracies(
+                "short", *data[:4], prefix="pixels")
+        run.log(row)
+    for epoch in range(run.done + 1, config.epochs + 1):
+        order = torch.Generator(device).manual_seed(1_000_003 * config.seed + epoch)
+        for step, i in enumerate(shared.batches(len(x_train), config.batch_size, order, skip=first), first + 1):
+            losses += train_step(nets, opt_ED, opt_FG, x_train[i], config)
+            update_ema(averaged, nets, 0.5 ** (config.batch_size / config.ema))
+            run.tick(config.batch_size, losses[0] / step, config.epochs * steps)
+            if run.stop:
+                save(step)
+                run.leave()
+        row = {"epoch": epoch} | {name: run.finite(loss / steps) for name, loss in zip(LOSSES, losses)}
+        first, losses = 0, torch.zeros_like(losses)
+        if looked := epoch % config.eval_every == 0 or epoch == config.epochs:
+            row |= evaluate(evaluated, data, config, full=False)
+        run.log(row)
+        save(0)
+        if looked:
+            draw(evaluated, data, config, run)
+
+    run.save("model.pt", **{name: net.state_dict() for name, net in evaluated.items()})
+    run.finish(**evaluate(evaluated, data, config, full=True))
+
+
+if __name__ == "__main__":
+    main(shared.parse_config(Config))
