@@ -455,15 +455,15 @@ def grid(images, columns, title, rows=()):
     return figure
 
 
-def curves(panels, xlabel, title):
-    """A figure with a panel for each {ylabel: {label: (xs, ys)}}."""
+def curves(panels, xlabel, title, **scales):
+    """A figure with a panel for each {ylabel: {label: (xs, ys[, format])}}; scales: xscale, yscale."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(3.6 * len(panels), 3), layout="constrained")
+    figure = Figure(figsize=(max(3.6 * len(panels), 6), 3.4), layout="constrained")
     for axes, (ylabel, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for label, (xs, ys) in lines.items():
-            axes.plot(xs, ys, label=label)
-        axes.set(xlabel=xlabel, ylabel=ylabel)
+        for label, line in lines.items():
+            axes.plot(*line, label=label)
+        axes.set(xlabel=xlabel, ylabel=ylabel, **scales)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize=8)
     figure.suptitle(title)
     return figure
