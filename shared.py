@@ -1,8 +1,7 @@
 """What every experiment shares and no paper owns: options, data, a run's files, pictures, and the instruments that
 measure all methods alike. Networks, losses, optimizers and update orders stay in the experiments.
 """
-import argparse, csv, ctypes, inspect, json, os, platform, re, signal, subprocess, sys, time, uuid  # noqa: E401
-from contextlib import contextmanager
+import argparse, csv, ctypes, inspect, io, json, os, platform, re, signal, subprocess, sys, time, uuid  # noqa: E401
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -11,9 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, interpolate, one_hot, pad
+try:
+    from tqdm import tqdm
+except ImportError:  # a plain line now and then will do
+    tqdm = None
 
 ROOT = Path(__file__).resolve().parent
 FREE_ON_RESUME = {"resume", "epochs", "device", "data_dir", "wandb", "eval_every", "eval_weights"}  # all else must agree
+NO_SETTING = FREE_ON_RESUME - {"eval_weights"} | {"seed", "dataset", "split", "out_dir", "run_name", "matmul", "references"}
 
 
 def fail(message, code=2):
@@ -103,10 +107,9 @@ def setup(config):
 def load_images(name, data_dir=ROOT / "data", split="dw", device="cpu", size=None, limit=None):
     """x_train, y_train, x_test, y_test: images (N, C, H, W) in [0, 1] and labels (N,), or None, on the device.
 
-    name: mnist, fashion_mnist (28×28), cifar10 (32×32), celeba, folder:PATH (64×64); `size` resizes to size×size.
-    split: dw is the official one; sw holds out a sixth of the training images (10,000 of MNIST's 60,000), val another
-    sixth, on which sw trains; always the same shuffle. A folder has no official test images: its dw is sw.
-    limit: only so many training images, half as many for test. Bad input: one line, exit 2.
+    name: see Protocol; celeba and folder:PATH are 64×64 unless `size` says otherwise. split: dw is the official one; sw
+    holds out a sixth of the training images (10,000 of MNIST's 60,000), val another sixth, on which sw trains; always
+    the same shuffle. A folder's dw is its sw. limit: only so many training images, and half as many for test.
     """
     from torchvision import datasets
     classes = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10,
@@ -151,7 +154,7 @@ def read_pictures(paths, size):
     from torchvision.io import decode_image
     from torchvision.transforms.functional import center_crop, resize
     pictures = []
-    for path in progress(iterable=paths, desc="reading pictures") or paths:
+    for path in tqdm(paths, "reading pictures") if tqdm else paths:
         try:
             pictures.append(center_crop(resize(decode_image(str(path), "RGB"), size, antialias=True), size))
         except RuntimeError as error:
@@ -172,12 +175,11 @@ def in_chunks(function, x, size=2000):
         return torch.cat([function(part) for part in x.split(size)])
 
 
-@contextmanager
-def atomic(path):
-    """Yield a temporary name beside `path` that is renamed onto it only if all went well."""
+def write(path, save):
+    """save(temporary name), renamed onto `path` only if all went well; a dict is written as JSON."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield temporary
+        save(temporary) if callable(save) else temporary.write_text(json.dumps(save, indent=1) + "\n")
         os.replace(temporary, path)
     except OSError as error:
         fail(f"cannot write {path}: {error.strerror or error}")
@@ -198,18 +200,9 @@ def load_checkpoint(path, Config):
     return checkpoint
 
 
-def progress(**options):
-    """A tqdm bar, or None where tqdm is not installed."""
-    try:
-        from tqdm import tqdm
-        return tqdm(mininterval=0.5 if sys.stderr.isatty() else 30, **options)
-    except ImportError:
-        return None
-
-
 class Run:
-    """A run's folder OUT_DIR/<experiment>/<run-name>/ (config.json, metrics.csv, summary.json, PNGs, checkpoint.pt,
-    model.pt), its progress bar, its answer to Ctrl-C and NaN, its mirror in W&B.
+    """A run's folder OUT_DIR/<experiment>/<run-name>/ with all its files (see README), its progress bar, its answer to
+    Ctrl-C and NaN, its mirror in W&B.
 
     params: number of trainable parameters; unit: what is counted along the run, 'epoch' or 'step'.
     Given the checkpoint of config.resume, the run goes on in that folder; `done` units are behind it.
@@ -221,12 +214,9 @@ class Run:
         self.config, self.unit, self.mark, self.trained, self.stop, self.bar = config, unit, None, [0, 0.0], False, None
         self.at = {"id": uuid.uuid4().hex[:8], "done": 0, "steps": 0, "images": 0, "wall_s": 0, "rows": []}
         if checkpoint:
-            self.at = checkpoint["run"]
+            self.at, self.dir = checkpoint["run"], Path(config.resume).absolute().parent
             for restore, state in zip((torch.set_rng_state, torch.cuda.set_rng_state_all), checkpoint["random"]):
                 restore(state)
-        self.born, self.wandb = time.time() - self.at["wall_s"], self._wandb_ready() if config.wandb else None
-        if checkpoint:
-            self.dir = Path(config.resume).absolute().parent
         else:
             name = config.run_name or f"{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}-{self.at['id'][:3]}"
             self.dir = Path(config.out_dir, file.stem, name)
@@ -235,39 +225,36 @@ class Run:
             except OSError as error:
                 fail(f"{self.dir} exists: choose another --run-name, or go on with it by --resume" if self.dir.is_dir()
                      else f"cannot write {self.dir}: {error.strerror}")
-        config.run_name = self.dir.name
-        setting = [f"{f.name} {getattr(config, f.name)}" for f in fields(config) if getattr(config, f.name) != f.default
-                   and f.name not in FREE_ON_RESUME and f.name in type(config).__annotations__]
-        git = [subprocess.run(f"git {command}", shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-               for command in ("rev-parse HEAD", "status --porcelain --untracked-files=no")]
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc/cpuinfo") else 0
-        cpu = f"{cpu[1] if cpu else platform.processor()}, {torch.get_num_threads()} threads"
-        self.facts = {"experiment": file.stem, "run": config.run_name, "setting": ", ".join(setting),
-                      "dataset": config.dataset, "split": config.split, "seed": config.seed, "params": params,
+        self.born, config.run_name, git = time.time() - self.at["wall_s"], self.dir.name, []
+        for command in ("git rev-parse HEAD", "git status --porcelain --untracked-files=no"):
+            git.append(subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip())
+        cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else f"model name: {platform.processor()}"
+        cpu = f"{re.search('model name.*: (.*)', cpu)[1]}, {torch.get_num_threads()} threads"
+        setting = [f"{f.name} {getattr(config, f.name)}" for f in fields(config) if getattr(config, f.name) != f.default]
+        self.facts = {"experiment": file.stem, "run": config.run_name, "dataset": config.dataset, "split": config.split,
+                      "setting": ", ".join(s for s in setting if s.split()[0] not in NO_SETTING), "seed": config.seed,
                       "command": " ".join(["python", f"{file.parent.name}/{file.name}", *sys.argv[1:]]),
-                      "hardware": torch.cuda.get_device_name() if device.type == "cuda" else cpu,
+                      "hardware": torch.cuda.get_device_name() if device.type == "cuda" else cpu, "params": params,
                       "torch": torch.__version__, "commit": git[0], "dirty": bool(git[1])}
-        self._json("config", {"config": asdict(config), **self.facts, "id": self.at["id"], "numpy": np.__version__,
-                              "python": platform.python_version(), "platform": platform.platform()})
+        self.wandb = self._start_wandb(file, checkpoint) if config.wandb else None
+        write(self.dir / "config.json", {
+            "config": asdict(config), **self.facts, "id": self.at["id"], "numpy": np.__version__,
+            "python": platform.python_version(), "platform": platform.platform()})
         self.summarize("running")
-        if self.wandb:
-            try:
-                self.wandb = self.wandb.init(
-                    project="alae", group=file.stem, job_type=file.parent.name, name=config.run_name, id=self.at["id"],
-                    tags=[config.dataset, config.split], resume="allow", config=asdict(config))
-            except Exception as error:
-                fail(f"--wandb: {error}")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._interrupt)
 
-    def _wandb_ready(self):
+    def _start_wandb(self, file, checkpoint):
         try:
             import wandb
-        except ImportError:
-            fail("--wandb: the package wandb is not installed")
-        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
-            fail("--wandb: nobody is logged in: run 'wandb login' first, or set WANDB_MODE=offline")
-        return wandb
+            if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+                raise RuntimeError("nobody is logged in: run 'wandb login' first, or set WANDB_MODE=offline")
+            return wandb.init(project="alae", group=file.stem, job_type=file.parent.name, name=self.dir.name,
+                              tags=[self.config.dataset, self.config.split], id=self.at["id"], resume="allow",
+                              config=asdict(self.config))
+        except Exception as error:  # not installed, nobody logged in, no network
+            checkpoint or self.dir.rmdir()
+            fail(f"--wandb: {error}")
 
     def _mirror(self, function):
         """W&B never stops a training: after its first failure it is left alone."""
@@ -275,10 +262,6 @@ class Run:
             self.wandb and function(self.wandb)
         except Exception as error:
             self.wandb = print(f"W&B failed, training goes on without it: {error}", file=sys.stderr)
-
-    def _json(self, name, content):
-        with atomic(self.dir / f"{name}.json") as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
 
     def _interrupt(self, *_):
         self.stop = True  # the training loop looks at it after each step
@@ -290,19 +273,19 @@ class Run:
         if self.mark:  # the first step after a start or an evaluation is left out
             self.trained = [self.trained[0] + images, self.trained[1] + now - self.mark]
         self.mark, n = now, self.at["steps"]
-        self.bar = self.bar or progress(total=steps, initial=n - 1, desc=self.facts["experiment"])
-        self.bar and self.bar.update()
-        if n % 50 == 0:
-            text = f"loss {self.finite(loss):.4g}"
-            self.bar and self.bar.set_postfix_str(text, refresh=False)
-            if not self.bar and n % 500 == 0:
-                print(f"step {n}/{steps}, {text}, ETA {(steps - n) * images * self.trained[1] / self.trained[0]:.0f} s")
+        if tqdm and not self.bar:
+            self.bar = tqdm(None, self.facts["experiment"], steps, initial=n - 1, mininterval=1 if sys.stderr.isatty() else 30)
+        if n % 50 == 0 and self.bar:
+            self.bar.set_postfix_str(f"loss {self.finite(loss):.4g}", refresh=False)
+            self.bar.update(n - self.bar.n)
+        elif n % 500 == 0:
+            eta = (steps - n) * images * self.trained[1] / self.trained[0]
+            print(f"step {n} of {steps}, loss {self.finite(loss):.4g}, ETA {eta:.0f} s", flush=True)
 
     def finite(self, loss):
         if not np.isfinite(loss := float(loss)):
             self.summarize("diverged")
-            fail(f"the loss became {loss} in {self.unit} {self.done + 1}: stopped. A smaller --lr may help; what "
-                 f"{self.dir} holds is from before", code=1)
+            fail(f"the loss became {loss} in {self.unit} {self.done + 1}: stopped; the checkpoint is from before", code=1)
         return loss
 
     def log(self, row):
@@ -310,10 +293,10 @@ class Run:
         self.at["done"], self.mark = row[self.unit], None
         row = row | ({"perf/images_per_s": self.trained[0] / self.trained[1]} if self.trained[1] else {})
         self.rows.append(row)
-        with atomic(self.dir / "metrics.csv") as temporary, open(temporary, "w", newline="") as table:
-            writer = csv.DictWriter(table, dict.fromkeys(key for row in self.rows for key in row))
-            writer.writeheader()
-            writer.writerows(self.rows)
+        writer = csv.DictWriter(table := io.StringIO(), dict.fromkeys(key for row in self.rows for key in row))
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write(self.dir / "metrics.csv", lambda temporary: temporary.write_text(table.getvalue()))
         self.summarize("running")
         self._mirror(lambda w: w.log(row, step=self.done))
 
@@ -321,21 +304,21 @@ class Run:
         last = {key: value for row in self.rows for key, value in row.items() if key != self.unit}
         self.summary = self.facts | {f"{self.unit}s": self.done, "images_seen": self.at["images"], "status": status,
                                      "wall_s": round(time.time() - self.born, 1)} | last | metrics
-        self._json("summary", self.summary)
+        write(self.dir / "summary.json", self.summary)
 
     def picture(self, name, figure):
         """Save a matplotlib figure as <name>.png."""
-        with atomic(path := self.dir / f"{name}.png") as temporary:
-            figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+        path = self.dir / f"{name}.png"
+        write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight"))
         self._mirror(lambda w: w.log({f"media/{name}": sys.modules["wandb"].Image(str(path))}, step=self.done))
 
     def save(self, name, **content):
         """torch.save of the content, with all that load_checkpoint and a continuation need."""
         self.at["wall_s"] = time.time() - self.born
         random = [torch.get_rng_state()] + [torch.cuda.get_rng_state_all()] * torch.cuda.is_available()
-        with atomic(self.dir / name) as temporary:
-            torch.save({"experiment": self.facts["experiment"], "config": asdict(self.config), "run": self.at,
-                        "random": random, **content}, temporary)
+        write(self.dir / name, lambda temporary: torch.save({
+            "experiment": self.facts["experiment"], "config": asdict(self.config), "run": self.at, "random": random,
+            **content}, temporary))
 
     def leave(self):
         """After Ctrl-C, once the checkpoint is saved: say how to go on, and exit."""
@@ -408,18 +391,15 @@ def accuracies(kind, *features, prefix="eval"):
     return {f"{prefix}/{name}_acc_{kind}": method(*features) for name, method in methods.items()}
 
 
-def LeNet():
-    """The net behind eval/identity and eval/fid: digits (B, 1, 28, 28) in [0, 1] → 84 features (net[:-1]) → logits."""
-    return nn.Sequential(
-        nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(800, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10))
-
-
 @cache
-def lenet(device):
-    """The committed LeNet, which never changes (made by `python assets/train_lenet.py`)."""
-    net = LeNet().to(device)
-    net.load_state_dict(torch.load(ROOT / "assets" / "lenet.pt", map_location=device, weights_only=True))
+def lenet(device, trained=True):
+    """The classifier behind eval/identity and eval/fid: digits (B, 1, 28, 28) in [0, 1] → 84 features (net[:-1]) → logits.
+    Its committed weights, made by `python assets/train_lenet.py`, never change."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(800, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)).to(device)
+    if trained:
+        net.load_state_dict(torch.load(ROOT / "assets" / "lenet.pt", map_location=device, weights_only=True))
     return net
 
 

@@ -18,7 +18,7 @@ def train(split="dw", epochs=12, batch_size=128, lr=2e-3):
     shared.seed_everything(0)
     torch.set_float32_matmul_precision(shared.probe_matmul(torch.device("cpu")))
     x, y, x_test, y_test = shared.load_images("mnist", split=split)
-    net, generator = shared.LeNet(), torch.Generator().manual_seed(0)
+    net, generator = shared.lenet(torch.device("cpu"), trained=False), torch.Generator().manual_seed(0)
     steps = epochs * (len(x) // batch_size)
     optimizer = torch.optim.Adam(net.parameters(), lr=lr, weight_decay=1e-5)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)

@@ -27,6 +27,7 @@ Deviations from the paper (P) or the official code (O, github.com/podgorskiy/ALA
 import copy
 import math
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,6 +136,7 @@ def L_err_EG(E, G, w):
 def train_step(nets, opt_ED, opt_FG, x, config):
     """One iteration of algorithm 1 on x (B, X). Returns detached losses."""
     F, G, E, D = nets["F"], nets["G"], nets["E"], nets["D"]
+    ED, FG, EFG = ([p for net in group for p in net.parameters()] for group in ((E, D), (F, G), (E, F, G)))
     z_I, z_II, z_III = torch.randn(3, len(x), config.latent_dim, device=x.device)  # (B, Z) each
 
     # Step I: the critic D∘E tells data from samples.
@@ -142,23 +144,21 @@ def train_step(nets, opt_ED, opt_FG, x, config):
         x_fake = G(F(z_I))
     opt_ED.zero_grad()
     loss_ED, r1 = L_adv_ED(D, E, x, x_fake, config.gamma)
-    loss_ED.backward()
+    loss_ED.backward(inputs=ED)
     opt_ED.step()
 
     # Step II: the generator G∘F moves against it.
-    E.requires_grad_(False), D.requires_grad_(False)
     opt_FG.zero_grad()
     loss_FG = L_adv_FG(D, E, G(F(z_II)))
-    loss_FG.backward()
+    loss_FG.backward(inputs=FG)
     opt_FG.step()
-    E.requires_grad_(True), D.requires_grad_(True)
 
     # Step III: E inverts G, on latents.
     opt_ED.zero_grad(), opt_FG.zero_grad()
+    loss_err = L_err_EG(E, G, F(z_III))
+    loss_err.backward(inputs=EFG)
     for p in D.parameters():  # zeros, not None: its second moment decays (deviation 2)
         p.grad = torch.zeros_like(p)
-    loss_err = L_err_EG(E, G, F(z_III))
-    loss_err.backward()
     opt_ED.step(), opt_FG.step()
     return torch.stack([loss_ED, loss_FG, loss_err, r1]).detach()
 
@@ -238,6 +238,54 @@ def load_model(path):
     return nets, config
 
 
+def start(config, X, device):
+    """Networks, their averages and optimizers, by their names in the checkpoint."""
+    nets = build(config, X).to(device)
+    return {"nets": nets, "averaged": copy.deepcopy(nets).requires_grad_(False),
+            "opt_ED": LREQAdam([*nets["E"].parameters(), *nets["D"].parameters()], config.lr),
+            "opt_FG": LREQAdam([*nets["F"].parameters(), *nets["G"].parameters()], config.lr)}
+
+
+def benchmark(config, x_train, steps=300):
+    """Prints the speed of train_step at --matmul highest and as configured, next to that of one matrix product."""
+    import resource
+    device, B, X, Z, H = x_train.device, config.batch_size, x_train.shape[1], config.latent_dim, 1024
+    e, f, d = X * H + H * H + H * Z, 6 * Z * Z, 2 * Z * Z + Z  # multiply-accumulates of E (or G), F, D for one image
+    macs = (f + e) + 5 * (e + d) + 2 * (2 * e - X * H + 2 * d)  # I: samples; critic and R1; their gradients, not for x
+    macs += 3 * (f + e) + 2 * (e + d) + 3 * (f + 2 * e)  # II; III
+
+    def milliseconds(function, n):
+        times = []
+        for _ in range(n):
+            begin = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - begin))
+        return sorted(times[n // 10:])[n * 9 // 20]  # median without the first tenth
+
+    torch.set_float32_matmul_precision("highest")
+    a, b = torch.randn(128, 1024, device=device), torch.randn(1024, 1024, device=device)
+    mm = 2e-6 * 128 * 1024 ** 2 / milliseconds(lambda: torch.mm(a, b), 500)  # GFLOP/s
+    print(f"torch.mm, 128×1024 by 1024×1024, highest: {mm:.0f} GFLOP/s")
+    for mode in ("highest", config.matmul):
+        shared.seed_everything(config.seed)
+        torch.set_float32_matmul_precision(mode)
+        parts, losses = start(config, X, device), []
+        order = shared.batches(len(x_train), B, torch.Generator(device).manual_seed(config.seed))
+
+        def step():
+            losses.append(train_step(parts["nets"], parts["opt_ED"], parts["opt_FG"], x_train[next(order)], config))
+            update_ema(parts["averaged"], parts["nets"], 0.5 ** (B / config.ema))
+        ms = milliseconds(step, min(steps, len(x_train) // B))
+        means = ", ".join(f"{name} {v:.4f}" for name, v in zip(LOSSES, torch.stack(losses).mean(0).tolist()))
+        print(f"--matmul {mode}: {ms:.1f} ms per iteration, {1e3 * B / ms:.0f} images/s, {2e-6 * macs * B / ms:.0f} GFLOP/s, "
+              f"{2e-6 * macs * B / ms / mm:.2f} times torch.mm's; means over {len(losses)} steps: {means}")
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+    print(f"{macs / 1e6:.1f} M multiply-accumulates per image and iteration; peak memory {peak:.0f} MiB")
+
+
 def main(config):
     device = shared.setup(config)
     checkpoint = shared.load_checkpoint(config.resume, Config) if config.resume else None
@@ -252,11 +300,10 @@ def main(config):
     if (steps := len(x_train) // config.batch_size) == 0:
         shared.fail(f"--batch-size {config.batch_size} is larger than the data, {len(x_train)} images")
 
-    nets = build(config, X).to(device)
-    averaged = copy.deepcopy(nets).requires_grad_(False)
-    opt_ED = LREQAdam([*nets["E"].parameters(), *nets["D"].parameters()], config.lr)
-    opt_FG = LREQAdam([*nets["F"].parameters(), *nets["G"].parameters()], config.lr)
-    parts = {"nets": nets, "averaged": averaged, "opt_ED": opt_ED, "opt_FG": opt_FG}
+    if config.benchmark:
+        return benchmark(config, x_train)
+    parts = start(config, X, device)
+    nets, averaged, opt_ED, opt_FG = parts.values()
     first, losses = 0, torch.zeros(len(LOSSES), device=device)  # steps behind us in this epoch, and their losses
     if checkpoint:
         for name, part in parts.items():
