@@ -150,16 +150,15 @@ def load_images(name, data_dir=ROOT / "data", split="dw", device="cpu", size=Non
 
 
 def read_pictures(paths, size):
-    """Decode, resize and crop to the central square: uint8 (N, size, size, 3), or (…, 1) if all are grey."""
-    from torchvision.io import decode_image
-    from torchvision.transforms.functional import center_crop, resize
+    """Decode, crop to the central square and resize: uint8 (N, size, size, 3), or (…, 1) if all are grey."""
+    from PIL import Image, ImageOps
     pictures = []
-    for path in tqdm(paths, "reading pictures") if tqdm else paths:
+    for path in tqdm(paths, "reading pictures", leave=False) if tqdm else paths:
         try:
-            pictures.append(center_crop(resize(decode_image(str(path), "RGB"), size, antialias=True), size))
-        except RuntimeError as error:
+            pictures.append(np.asarray(ImageOps.fit(Image.open(path).convert("RGB"), (size, size), Image.LANCZOS)))
+        except OSError as error:
             fail(f"{path}: not a readable picture ({error})")
-    x = torch.stack(pictures).permute(0, 2, 3, 1)
+    x = torch.from_numpy(np.stack(pictures))
     return x[..., :1] if (x == x[..., :1]).all() else x
 
 
@@ -221,6 +220,7 @@ class Run:
             name = config.run_name or f"{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}-{self.at['id'][:3]}"
             self.dir = Path(config.out_dir, file.stem, name)
             try:
+                Path(name).name == name or fail(f"--run-name {name}: a plain name, please")
                 self.dir.mkdir(parents=True)
             except OSError as error:
                 fail(f"{self.dir} exists: choose another --run-name, or go on with it by --resume" if self.dir.is_dir()
@@ -427,7 +427,7 @@ def grid(images, columns, title, rows=()):
     """A figure of images (N, C, H, W), row by row; rows: names of the rows."""
     from matplotlib.figure import Figure
     images, lines = pad(images.detach().float().cpu().clamp(0, 1), (1, 1, 1, 1), value=1), -(-len(images) // columns)
-    sheet = torch.cat([torch.cat(list(line), 2) for line in images.split(columns)], 1).permute(1, 2, 0)
+    sheet = torch.cat([torch.cat(list(line), 2) for line in images.split(columns)], 1).permute(1, 2, 0).numpy()
     figure = Figure(figsize=(8, 0.5 + 8 * lines / columns))
     axes, height = figure.add_subplot(title=title), sheet.shape[0] / lines
     axes.imshow(sheet if sheet.shape[2] > 1 else sheet[..., 0], cmap="gray", interpolation="nearest")
@@ -444,6 +444,7 @@ def curves(panels, xlabel, title, **scales):
             axes.plot(*line, label=label)
         axes.set(xlabel=xlabel, ylabel=ylabel, **scales)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    same = len({tuple(lines) for lines in panels.values()}) == 1  # then one legend below will do
+    figure.legend(list(lines), loc="outside lower center", ncols=3) if same else [a.legend() for a in figure.axes]
     figure.suptitle(title)
     return figure

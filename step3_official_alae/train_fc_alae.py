@@ -111,7 +111,7 @@ class LREQAdam(torch.optim.Adam):
 
 def L_adv_ED(D, E, x, x_fake, gamma):
     """softplus(D(E(x_fake))) + softplus(−D(E(x))) + γ/2 ‖∇ₓ D(E(x))‖², mean over the batch, and its last term."""
-    x.requires_grad_(gamma > 0)
+    x = x.detach().requires_grad_(gamma > 0)
     real, fake = D(E(x)), D(E(x_fake))  # (B, 1)
     r1 = gamma / 2 * r1_penalty(real, x) if gamma > 0 else torch.zeros((), device=x.device)
     return (softplus(fake) + softplus(-real)).mean() + r1, r1

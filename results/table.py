@@ -1,0 +1,111 @@
+"""Tables of finished runs: the local way to compare them, and the source of the README's tables.
+
+    python results/table.py runs/                 # a table of all runs below a folder
+    python results/table.py                       # the committed ones in results/
+    python results/table.py --collect RUN…        # keep the summaries of these run folders in results/
+    python results/table.py --readme              # put the committed tables between the README's markers
+
+Runs that differ in nothing but the seed share a row: mean ± standard deviation (n − 1) over n seeds.
+"""
+import argparse
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import ROOT, fail, write
+
+NAMES = {"recon_mse": "test MSE", "identity": "identity %", "fid": "LeNet-FID", "mse_train": "train MSE",
+         "mse_test": "test MSE, not clipped", "ratio": "train MSE / optimum", "orthonormality": "‖CᵀC − I‖²",
+         "angle": "largest angle, rad", "steps": "steps", "seconds": "seconds"}
+NAMES |= {f"{a}_acc_{b}": f"{label} {b}" for a, label in (("knn", "1-NN"), ("svm", "SVM"), ("mlp", "MLP"))
+          for b in ("short", "long")}
+ROWS = {"untrained": "untrained encoder", "pixels": "raw pixels"}
+
+
+def summaries(folder):
+    """The summary.json files below a folder of runs, or the collected ones in a folder like results/."""
+    folder = Path(folder)
+    paths = sorted(folder.rglob("summary.json")) or sorted(folder.rglob("*.json"))
+    found = [json.loads(path.read_text()) for path in paths]
+    return [summary for summary in found if summary.get("status") == "done"]
+
+
+def collect(run):
+    path = Path(run, "summary.json")
+    if not path.exists():
+        fail(f"{run}: no summary.json there")
+    summary = json.loads(path.read_text())
+    if summary["status"] != "done":
+        fail(f"{run}: not finished, but {summary['status']}")
+    target = ROOT / "results" / summary["experiment"] / f"{summary['run']}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write(target, summary)
+    print(target)
+
+
+def cell(metric, values):
+    """mean ± std, with as many digits as make sense."""
+    if metric.endswith(("_short", "_long", "identity", "fid", "seconds")):
+        digits = "{:.2f}"
+    elif metric == "steps":
+        digits = "{:.0f}"
+    else:
+        digits = "{:.5f}" if max(map(abs, values)) >= 1e-3 else "{:.0e}"
+    spread = f" ± {digits.format(statistics.stdev(values))}" if len(values) > 1 else ""
+    return digits.format(statistics.fmean(values)) + spread
+
+
+def tables(found):
+    """Markdown: one table an experiment, one row a setting, and the commands, times and hardware below it."""
+    text = []
+    for experiment in sorted({s["experiment"] for s in found}):
+        groups = {}
+        for s in (s for s in found if s["experiment"] == experiment):
+            unit = "epochs" if "epochs" in s else "steps"
+            group = s["dataset"], s["split"], s[unit], f"{s[unit]} {unit}" + (f", {s['setting']}" if s["setting"] else "")
+            groups.setdefault(group, {})[s["seed"]] = s
+        rows, notes = [], []
+        for (dataset, split, _, setting), runs in sorted(groups.items()):
+            runs, lines = list(runs.values()), {}
+            for key in dict.fromkeys(key for s in runs for key in s if "/" in key):
+                row, metric = key.rsplit("/", 1)
+                if row not in ("train", "perf"):
+                    lines.setdefault(row, {})[metric] = cell(metric, [s[key] for s in runs if key in s])
+            for row, cells in sorted(lines.items(), key=lambda line: line[0] != "eval"):
+                rows.append(([ROWS.get(row, row if row != "eval" else setting), f"{dataset} {split}", str(len(runs))], cells))
+            minutes = statistics.fmean(s["wall_s"] for s in runs) / 60
+            notes.append(f"- {setting}, {dataset} {split}: `{runs[0]['command']}`; seeds "
+                         f"{', '.join(str(s['seed']) for s in runs)}; {minutes:.1f} minutes on {runs[0]['hardware']}; "
+                         f"torch {runs[0]['torch']}")
+        columns = [c for c in dict.fromkeys([*NAMES, *(m for _, cells in rows for m in cells)])
+                   if any(c in cells for _, cells in rows)]
+        lines = [["run", "data", "seeds", *(NAMES.get(c, c) for c in columns)], ["---"] * (3 + len(columns)),
+                 *(head + [cells.get(c, "") for c in columns] for head, cells in rows)]
+        text += [f"**{experiment}**", "", *(f"| {' | '.join(line)} |" for line in lines), "", *notes, ""]
+    return "\n".join(text).rstrip() + "\n"
+
+
+def readme(text):
+    """The README with the committed tables between its markers."""
+    return re.sub(r"(<!-- results -->\n).*?(<!-- /results -->)",
+                  lambda m: m[1] + tables(summaries(ROOT / "results")) + m[2], text, flags=re.S)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("folder", nargs="?", default=ROOT / "results", type=Path)
+    parser.add_argument("--collect", nargs="+", metavar="RUN", default=[])
+    parser.add_argument("--readme", action="store_true")
+    args = parser.parse_args()
+    for run in args.collect:
+        collect(run)
+    if args.readme:
+        write(ROOT / "README.md", lambda temporary: temporary.write_text(readme((ROOT / "README.md").read_text())))
+    elif not args.collect:
+        if not args.folder.is_dir():
+            fail(f"{args.folder}: no such folder")
+        print(tables(summaries(args.folder)) if summaries(args.folder) else f"no finished run in {args.folder}")

@@ -1,0 +1,25 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("step1_linear", "step3_official_alae", "results"))]
+# Nobody is logged in to W&B, and nothing can be downloaded: a proxy that refuses.
+ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | {
+    "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "NETRC": "/dev/null",
+    "WANDB_CONFIG_DIR": "/nonexistent"}
+FC_ALAE = "step3_official_alae/train_fc_alae.py"
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Runs a file of the repo as a user does, with runs in tmp_path/runs; returns the finished process."""
+    def run(file, *args, cwd=ROOT, **environment):
+        own = "--out-dir" in args or "--resume" in args or file.startswith("results")
+        extra = [] if own else ["--out-dir", str(tmp_path / "runs")]
+        return subprocess.run([sys.executable, str(ROOT / file), *map(str, args), *extra], cwd=cwd, text=True,
+                              env=ENVIRONMENT | environment, capture_output=True, timeout=300)
+    return run

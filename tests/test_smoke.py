@@ -1,0 +1,34 @@
+"""Every experiment file runs through, and the numbers it wrote are the expected ones and finite."""
+import csv
+import json
+import math
+
+import pytest
+import torch
+from conftest import FC_ALAE, ROOT
+
+EXPERIMENTS = sorted(str(path.relative_to(ROOT)) for folder in ("step1_linear", "step2_gan", "step3_official_alae", "baselines")
+                     for path in (ROOT / folder).glob("*.py"))
+FACTS = {"experiment", "dataset", "split", "seed", "images_seen", "params", "wall_s", "status", "command", "hardware", "torch"}
+EVALUATION = {f"eval/{key}" for key in (
+    "recon_mse", "identity", "fid", "knn_acc_short", "knn_acc_long", "svm_acc_short", "svm_acc_long", "mlp_acc_short")}
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS)
+def test_smoke(file, command, tmp_path):
+    done = command(file, "--smoke", "--run-name", "smoke")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / file.split("/")[1].removesuffix(".py") / "smoke"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert FACTS | {"eval/recon_mse"} <= summary.keys()
+    assert file != FC_ALAE or EVALUATION <= summary.keys()
+    assert summary["status"] == "done"
+    numbers = {key: value for key, value in summary.items() if isinstance(value, float)}
+    assert numbers and all(math.isfinite(value) for value in numbers.values()), numbers
+    with open(folder / "metrics.csv") as table:
+        rows = list(csv.DictReader(table))
+    assert rows and all(math.isfinite(float(value)) for row in rows for value in row.values() if value)
+    assert len(list(folder.glob("*.png"))) >= 3
+    assert json.loads((folder / "config.json").read_text())["config"]["matmul"] in ("highest", "medium")
+    assert torch.load(folder / "model.pt", weights_only=True)["experiment"] == summary["experiment"]
+    assert not list(folder.glob(".*")), "a temporary file was left"

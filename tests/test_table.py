@@ -1,0 +1,45 @@
+"""The tables of results/table.py, and that the README shows the committed ones."""
+import json
+
+import table
+from conftest import ROOT
+
+
+def summary(seed, accuracy, **more):
+    return {"experiment": "e", "run": f"r{seed}", "setting": "lr 0.004", "dataset": "mnist", "split": "dw", "seed": seed,
+            "epochs": 20, "status": "done", "wall_s": 60.0, "command": "python e.py", "hardware": "CPU", "torch": "2",
+            "train/loss": 1.0, "eval/svm_acc_short": accuracy, **more}
+
+
+def test_mean_and_std_over_seeds():
+    text = table.tables([summary(0, 90.0), summary(1, 92.0), summary(2, 94.0), summary(2, 94.0)])
+    row = next(line for line in text.splitlines() if line.startswith("| 20 epochs"))
+    assert row == "| 20 epochs, lr 0.004 | mnist dw | 3 | 92.00 ± 2.00 |"
+    assert "`python e.py`; seeds 0, 1, 2; 1.0 minutes on CPU; torch 2" in text and "loss" not in text
+
+
+def test_settings_and_references_have_rows_of_their_own():
+    text = table.tables([summary(0, 90.0), summary(1, 80.0, setting="") | {"pixels/svm_acc_short": 91.0}])
+    assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")][2:] == [
+        "20 epochs", "raw pixels", "20 epochs, lr 0.004"]
+
+
+def test_unfinished_runs_do_not_count(tmp_path, monkeypatch):
+    for name, status in (("a", "done"), ("b", "interrupted")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary(0, 90.0, run=name, status=status)))
+    assert [s["run"] for s in table.summaries(tmp_path)] == ["a"]
+
+
+def test_readme_shows_the_committed_results():
+    text = (ROOT / "README.md").read_text()
+    assert "<!-- results -->" in text
+    assert table.readme(text) == text, "stale: run python results/table.py --readme"
+
+
+def test_collect(command, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary(0, 90.0)))
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    table.collect(tmp_path / "run")
+    assert table.summaries(tmp_path / "results") == [summary(0, 90.0)]
