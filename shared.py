@@ -1,6 +1,5 @@
 """What every experiment shares and no paper owns: options, data, a run's files, pictures, and the instruments that
-measure all methods alike. Networks, losses, optimizers and update orders stay in the experiments.
-"""
+measure all methods alike. Networks, losses, optimizers and update orders stay in the experiments."""
 import argparse, csv, ctypes, inspect, io, json, os, platform, re, signal, subprocess, sys, time, uuid  # noqa: E401
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
@@ -8,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import cross_entropy, interpolate, one_hot, pad
+
 try:
     from tqdm import tqdm
 except ImportError:  # a plain line now and then will do
@@ -19,17 +20,14 @@ ROOT = Path(__file__).resolve().parent
 FREE_ON_RESUME = {"resume", "epochs", "device", "data_dir", "wandb", "eval_every", "eval_weights"}  # all else must agree
 NO_SETTING = FREE_ON_RESUME - {"eval_weights"} | {"seed", "dataset", "split", "out_dir", "run_name", "matmul", "references"}
 
-
 def fail(message, code=2):
     """One clear line on stderr and exit code 2: for all that a user can get wrong."""
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(code)
 
-
 def option(default, help, choices=None, low=None, high=float("inf")):
     """A dataclass field that is a command-line option; the bounds are inclusive."""
     return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
-
 
 @dataclass
 class Protocol:
@@ -44,13 +42,11 @@ class Protocol:
     run_name: str = option("", "name of the run (default: time and seed)")
     wandb: bool = option(False, "mirror the run to Weights & Biases (WANDB_MODE=offline works too)")
     smoke: bool = option(False, "a tiny subset and a few steps through the whole path, in seconds")
-    matmul: str = option("auto", "fp32 matrix products; auto: medium where it keeps fp32 accuracy, else highest",
-                         choices=("auto", "highest", "medium"))
-
+    matmul: str = option("auto", "fp32 products; auto: medium if as exact, else highest", ("auto", "highest", "medium"))
 
 def parse_config(Config, argv=None):
     """Command line → Config; under --resume, the checkpoint's config is the default. Bad input: one line, exit 2."""
-    parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(None, None, sys.modules[Config.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     flags = {f.name: "--" + f.name.replace("_", "-") for f in fields(Config)}
@@ -62,27 +58,22 @@ def parse_config(Config, argv=None):
         parser.add_argument(flags[f.name], default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     if given.get("resume"):
-        saved = load_checkpoint(given["resume"], Config)["config"]
-        for key in given.keys() - FREE_ON_RESUME:
-            if given[key] != saved[key]:
-                fail(f"{given['resume']} was trained with {flags[key]} {saved[key]}, not {given[key]}")
+        saved, file = (load_checkpoint(given["resume"], Config)[key] for key in ("config", "file"))
+        file == "checkpoint.pt" or fail(f"{given['resume']} holds a trained model, not the checkpoint of a run")
+        for key in (key for key in given.keys() - FREE_ON_RESUME if given[key] != saved[key]):
+            fail(f"{given['resume']} was trained with {flags[key]} {saved[key]}, not {given[key]}")
         given = saved | given
-    for f in fields(Config):
-        value, low, high = given.get(f.name, f.default), f.metadata["low"], f.metadata["high"]
-        if low is not None and not low <= value <= high:  # NaN too
-            fail(f"{flags[f.name]} {value}: must be at least {low}" + f" and at most {high}" * (high < float("inf")))
+    for f, low, high in ((f, f.metadata["low"], f.metadata["high"]) for f in fields(Config)):
+        if low is not None and not low <= given.get(f.name, f.default) <= high:  # NaN too
+            fail(f"{flags[f.name]} {given[f.name]}: must be at least {low}" + f", at most {high}" * (high < float("inf")))
     return Config(**given)
-
 
 def pick_device(name="auto"):
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(kind for kind in have if have[kind]) if name == "auto" else name
     return torch.device(name) if have.get(name) else fail(f"--device {name}: there is no such device here")
 
-
-def seed_everything(seed):
-    torch.manual_seed(seed)  # of all devices; nothing here draws from numpy's or Python's global generators
-
+seed_everything = torch.manual_seed  # of all devices; nothing here draws from numpy's or Python's global generators
 
 def probe_matmul(device):
     """'medium' where it keeps fp32 accuracy (CPUs where it only picks another library), 'highest' where it rounds."""
@@ -91,30 +82,24 @@ def probe_matmul(device):
     product, exact = (a.to(device) @ b.to(device)).cpu().double(), a.double() @ b.double()
     return "medium" if (product - exact).norm() < 2e-6 * exact.norm() else "highest"
 
-
 def setup(config):
     """Seeds, resolves --matmul auto in the config, makes a CPU fast; returns the torch.device."""
     seed_everything(config.seed)
     device = pick_device(config.device)
     if platform.libc_ver()[0] == "glibc":  # keep freed tensors in the process: no page faults in the inner loop
-        for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(parameter, 1 << 30)
+        ctypes.CDLL(None).mallopt(-3, 1 << 30), ctypes.CDLL(None).mallopt(-1, 1 << 30)  # M_MMAP_, M_TRIM_THRESHOLD
     config.matmul = probe_matmul(device) if config.matmul == "auto" else config.matmul
     torch.set_float32_matmul_precision(config.matmul)
     return device
 
-
 def load_images(name, data_dir=ROOT / "data", split="dw", device="cpu", size=None, limit=None):
     """x_train, y_train, x_test, y_test: images (N, C, H, W) in [0, 1] and labels (N,), or None, on the device.
-
-    name: see Protocol; celeba and folder:PATH are 64×64 unless `size` says otherwise. split: dw is the official one; sw
-    holds out a sixth of the training images (10,000 of MNIST's 60,000), val another sixth, on which sw trains; always
-    the same shuffle. A folder's dw is its sw. limit: only so many training images, and half as many for test.
-    """
+    split: dw is the official one; sw holds out a sixth of the training images, val another sixth, on which sw trains;
+    always the same shuffle. A folder's dw is its sw. size: of the square images, by default their own, or 64 for celeba
+    and folder:PATH. limit: only so many training images, and half as many for test."""
     from torchvision import datasets
-    classes = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10,
-               "celeba": datasets.CelebA}
-    cls, folder = classes.get(name), Path(data_dir)
+    classes = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "celeba": "CelebA"}
+    cls, folder = getattr(datasets, classes.get(name, ""), None), Path(data_dir)
     if name.startswith("folder:"):
         folder = Path(name.removeprefix("folder:")).expanduser()
         paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif"))
@@ -124,22 +109,20 @@ def load_images(name, data_dir=ROOT / "data", split="dw", device="cpu", size=Non
     elif not cls:
         fail(f"--dataset {name}: unknown; choose {', '.join(classes)} or folder:PATH")
     else:
-        for file, md5 in [(cls.filename, cls.tgz_md5)] if name == "cifar10" else getattr(cls, "resources", []):
-            file = folder / ("" if name == "cifar10" else f"{cls.__name__}/raw") / file
+        for file, md5 in getattr(cls, "resources", []):  # torchvision would fetch a corrupt one again, or fail obscurely
+            file = folder / cls.__name__ / "raw" / file
             if file.exists() and not datasets.utils.check_integrity(file, md5):
                 fail(f"{file} is corrupt (wrong MD5): delete it and run again to fetch it anew")
         try:
             parts = [cls(folder, part, download=True) for part in (("train", "test") if name == "celeba" else (True, False))]
         except Exception as error:  # torchvision raises many kinds: no network, no permission, a damaged file
             fail(f"{name} is not in {folder} and could not be fetched, or is damaged there ({error})")
-        pictures = folder / "celeba/img_align_celeba"
-        parts = [(read_pictures([pictures / file for file in part.filename[:limit]], size or 64), None) if name == "celeba"
-                 else (torch.as_tensor(part.data), torch.as_tensor(part.targets)) for part in parts]
+        parts = [(read_pictures([folder / "celeba/img_align_celeba" / f for f in p.filename[:limit]], size or 64), None)
+                 if name == "celeba" else (torch.as_tensor(p.data), torch.as_tensor(p.targets)) for p in parts]
 
     if split != "dw" or len(parts) == 1:
-        (x, y), n = parts[0], len(parts[0][0]) // 6
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-        order = order[n:] if split == "val" else order  # val never sees the test images of sw
+        (x, y), n = parts[0], len(parts[0][0]) // 6  # val never sees the test images of sw:
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[n if split == "val" else 0:]
         parts = [(x[i], None if y is None else y[i]) for i in (order[n:], order[:n])]
     result = []
     for (x, y), n in zip(parts, (limit, limit and limit // 2)):
@@ -147,7 +130,6 @@ def load_images(name, data_dir=ROOT / "data", split="dw", device="cpu", size=Non
         x = interpolate(x, (size, size), mode="bilinear", antialias=True) if size and size != x.shape[-1] else x
         result += [x, None if y is None else y[:n].to(device)]
     return result
-
 
 def read_pictures(paths, size):
     """Decode, crop to the central square and resize: uint8 (N, size, size, 3), or (…, 1) if all are grey."""
@@ -161,18 +143,15 @@ def read_pictures(paths, size):
     x = torch.from_numpy(np.stack(pictures))
     return x[..., :1] if (x == x[..., :1]).all() else x
 
-
 def batches(n, size, generator, skip=0):
     """Indices of one epoch's shuffled batches on the generator's device; the last, partial batch is dropped."""
     order = torch.randperm(n, device=generator.device, generator=generator)
     yield from order[:n - n % size].view(-1, size)[skip:]
 
-
 def in_chunks(function, x, size=2000):
     """function(x), computed chunk by chunk without gradients."""
     with torch.no_grad():
         return torch.cat([function(part) for part in x.split(size)])
-
 
 def write(path, save):
     """save(temporary name), renamed onto `path` only if all went well; a dict is written as JSON."""
@@ -185,27 +164,21 @@ def write(path, save):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def load_checkpoint(path, Config):
     """What Run.save wrote, on the CPU; exit 2 unless it is that, of Config's experiment and with its fields."""
-    experiment = Path(inspect.getfile(Config)).stem
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         of, has = checkpoint["experiment"], checkpoint["config"].keys()
     except Exception as error:  # torch.load raises many kinds for a file that is none of its own
         fail(f"{path}: " + ("no such file" if isinstance(error, FileNotFoundError) else "no checkpoint, or a damaged one"))
-    if of != experiment or has != {f.name for f in fields(Config)}:
+    if (of, has) != (experiment := Path(inspect.getfile(Config)).stem, {f.name for f in fields(Config)}):
         fail(f"{path} is a checkpoint of {of}" + (f", not of {experiment}" if of != experiment else "'s other version"))
     return checkpoint
 
-
 class Run:
-    """A run's folder OUT_DIR/<experiment>/<run-name>/ with all its files (see README), its progress bar, its answer to
-    Ctrl-C and NaN, its mirror in W&B.
-
+    """A run's folder with all its files (see README), progress bar, answer to Ctrl-C and NaN, and mirror in W&B.
     params: number of trainable parameters; unit: what is counted along the run, 'epoch' or 'step'.
-    Given the checkpoint of config.resume, the run goes on in that folder; `done` units are behind it.
-    """
+    Given the checkpoint of config.resume, the run goes on in that folder; `done` units are behind it."""
     done, rows = property(lambda self: self.at["done"]), property(lambda self: self.at["rows"])
 
     def __init__(self, config, device, params, checkpoint=None, unit="epoch"):
@@ -228,18 +201,17 @@ class Run:
         self.born, config.run_name, git = time.time() - self.at["wall_s"], self.dir.name, []
         for command in ("git rev-parse HEAD", "git status --porcelain --untracked-files=no"):
             git.append(subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip())
-        cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else f"model name: {platform.processor()}"
-        cpu = f"{re.search('model name.*: (.*)', cpu)[1]}, {torch.get_num_threads()} threads"
+        cpu = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
         setting = [f"{f.name} {getattr(config, f.name)}" for f in fields(config) if getattr(config, f.name) != f.default]
         self.facts = {"experiment": file.stem, "run": config.run_name, "dataset": config.dataset, "split": config.split,
                       "setting": ", ".join(s for s in setting if s.split()[0] not in NO_SETTING), "seed": config.seed,
                       "command": " ".join(["python", f"{file.parent.name}/{file.name}", *sys.argv[1:]]),
-                      "hardware": torch.cuda.get_device_name() if device.type == "cuda" else cpu, "params": params,
+                      "hardware": torch.cuda.get_device_name() if device.type == "cuda" else
+                      f"{(cpu or [platform.processor()])[0]}, {torch.get_num_threads()} threads", "params": params,
                       "torch": torch.__version__, "commit": git[0], "dirty": bool(git[1])}
         self.wandb = self._start_wandb(file, checkpoint) if config.wandb else None
-        write(self.dir / "config.json", {
-            "config": asdict(config), **self.facts, "id": self.at["id"], "numpy": np.__version__,
-            "python": platform.python_version(), "platform": platform.platform()})
+        versions = {"numpy": np.__version__, "python": platform.python_version(), "platform": platform.platform()}
+        write(self.dir / "config.json", {"config": asdict(config), **self.facts, **versions, "id": self.at["id"]})
         self.summarize("running")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._interrupt)
@@ -279,8 +251,7 @@ class Run:
             self.bar.set_postfix_str(f"loss {self.finite(loss):.4g}", refresh=False)
             self.bar.update(n - self.bar.n)
         elif n % 500 == 0:
-            eta = (steps - n) * images * self.trained[1] / self.trained[0]
-            print(f"step {n} of {steps}, loss {self.finite(loss):.4g}, ETA {eta:.0f} s", flush=True)
+            print(f"step {n} of {steps}, loss {self.finite(loss):.4g}", flush=True)
 
     def finite(self, loss):
         if not np.isfinite(loss := float(loss)):
@@ -294,8 +265,7 @@ class Run:
         row = row | ({"perf/images_per_s": self.trained[0] / self.trained[1]} if self.trained[1] else {})
         self.rows.append(row)
         writer = csv.DictWriter(table := io.StringIO(), dict.fromkeys(key for row in self.rows for key in row))
-        writer.writeheader()
-        writer.writerows(self.rows)
+        writer.writeheader(), writer.writerows(self.rows)
         write(self.dir / "metrics.csv", lambda temporary: temporary.write_text(table.getvalue()))
         self.summarize("running")
         self._mirror(lambda w: w.log(row, step=self.done))
@@ -308,21 +278,18 @@ class Run:
 
     def picture(self, name, figure):
         """Save a matplotlib figure as <name>.png."""
-        path = self.dir / f"{name}.png"
-        write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight"))
+        write(path := self.dir / f"{name}.png", lambda temporary: figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight"))
         self._mirror(lambda w: w.log({f"media/{name}": sys.modules["wandb"].Image(str(path))}, step=self.done))
 
     def save(self, name, **content):
         """torch.save of the content, with all that load_checkpoint and a continuation need."""
         self.at["wall_s"] = time.time() - self.born
-        random = [torch.get_rng_state()] + [torch.cuda.get_rng_state_all()] * torch.cuda.is_available()
-        write(self.dir / name, lambda temporary: torch.save({
-            "experiment": self.facts["experiment"], "config": asdict(self.config), "run": self.at, "random": random,
-            **content}, temporary))
+        content |= {"experiment": self.facts["experiment"], "file": name, "config": asdict(self.config), "run": self.at,
+                    "random": [torch.get_rng_state()] + [torch.cuda.get_rng_state_all()] * torch.cuda.is_available()}
+        write(self.dir / name, lambda temporary: torch.save(content, temporary))
 
     def leave(self):
         """After Ctrl-C, once the checkpoint is saved: say how to go on, and exit."""
-        self.bar and self.bar.close()
         self.summarize("interrupted")
         self._mirror(lambda w: w.finish(exit_code=130))
         fail(f"interrupted; go on with: python {sys.argv[0]} --resume {self.dir / 'checkpoint.pt'}", code=130)
@@ -332,15 +299,12 @@ class Run:
         self.bar and self.bar.close()
         self.summarize("done", **metrics)
         self._mirror(lambda w: (w.summary.update(self.summary), w.finish()))
-        for key in [key for key in self.summary if key.startswith(("eval/", "perf/"))]:
-            print(f"{key:24s} {self.summary[key]:10.4g}")
+        print(*(f"{k:24s} {v:10.4g}" for k, v in self.summary.items() if k.startswith(("eval/", "perf/"))), sep="\n")
         print(f"{self.dir}: {len(list(self.dir.glob('*.png')))} pictures, {self.summary['wall_s']:.0f} s")
-
 
 def recon_mse(x, x_hat):
     """Mean over images and pixels of (x − x̂)², x̂ clipped to [0, 1]."""
     return (x - x_hat.clamp(0, 1)).square().mean().item()
-
 
 @torch.no_grad()
 def knn_accuracy(train, y_train, test, y_test):
@@ -349,8 +313,7 @@ def knn_accuracy(train, y_train, test, y_test):
     train = train - centre
     norms = train.square().sum(1)
     nearest = in_chunks(lambda part: torch.addmm(norms, part - centre, train.T, alpha=-2).argmin(1), test, 500)
-    return 100 * (y_train[nearest] == y_test).double().mean().item()
-
+    return 100 * (y_train[nearest] == y_test).float().mean().item()
 
 @torch.no_grad()
 def svm_accuracy(train, y_train, test, y_test, C=0.02):
@@ -358,18 +321,17 @@ def svm_accuracy(train, y_train, test, y_test, C=0.02):
     a constant feature. L-BFGS to the optimum, in v = Lᵀw with LLᵀ = I + 2C XᵀX, the Hessian at 0."""
     X, X_test = pad(train, (0, 1), value=1.0), pad(test, (0, 1), value=1.0)
     Y = 2 * one_hot(y_train).to(X) - 1  # (N, classes)
-    L = torch.linalg.cholesky(torch.eye(X.shape[1], device=X.device) + 2 * C * X.T @ X)
+    L = torch.linalg.cholesky(torch.eye(X.shape[1], device=X.device) + 2 * C * (X.T @ X))
     v = torch.zeros(X.shape[1], Y.shape[1], device=X.device, requires_grad=True)
 
     def loss():
         w = torch.linalg.solve_triangular(L.T, v, upper=True)
         slack = (1 - Y * (X @ w)).clamp_(min=0)
-        v.grad = torch.linalg.solve_triangular(L, w - 2 * C * X.T @ (Y * slack), upper=False).contiguous()
+        v.grad = torch.linalg.solve_triangular(L, w - 2 * C * (X.T @ (Y * slack)), upper=False).contiguous()
         return 0.5 * w.square().sum() + C * slack.square().sum()
     torch.optim.LBFGS([v], max_iter=200, tolerance_grad=1e-4, tolerance_change=0, line_search_fn="strong_wolfe").step(loss)
     w = torch.linalg.solve_triangular(L.T, v, upper=True)
-    return 100 * ((X_test @ w).argmax(1) == y_test).double().mean().item()
-
+    return 100 * ((X_test @ w).argmax(1) == y_test).float().mean().item()
 
 def mlp_accuracy(train, y_train, test, y_test, epochs=20, width=128):
     """% right of an MLP with one hidden layer on standardised features (Adam 1e-3, batch 250; seed 0, always)."""
@@ -382,14 +344,12 @@ def mlp_accuracy(train, y_train, test, y_test, epochs=20, width=128):
         optimizer.zero_grad()
         cross_entropy(net((train[i] - mean) / std), y_train[i]).backward()
         optimizer.step()
-    return 100 * (net((test - mean) / std).argmax(1) == y_test).double().mean().item()
-
+    return 100 * (net((test - mean) / std).argmax(1) == y_test).float().mean().item()
 
 def accuracies(kind, *features, prefix="eval"):
     """The contract's accuracies; features: train (N, d), y_train, test (M, d), y_test; kind: short, or long (no MLP)."""
     methods = {"knn": knn_accuracy, "svm": svm_accuracy} | ({"mlp": mlp_accuracy} if kind == "short" else {})
     return {f"{prefix}/{name}_acc_{kind}": method(*features) for name, method in methods.items()}
-
 
 @cache
 def lenet(device, trained=True):
@@ -398,53 +358,42 @@ def lenet(device, trained=True):
     net = nn.Sequential(
         nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
         nn.Linear(800, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)).to(device)
-    if trained:
-        net.load_state_dict(torch.load(ROOT / "assets" / "lenet.pt", map_location=device, weights_only=True))
+    trained and net.load_state_dict(torch.load(ROOT / "assets/lenet.pt", map_location=device, weights_only=True))
     return net
-
 
 def judge(x, net):
     """LeNet, or a part of it, on any images: grey, antialiased to 28×28 where larger, clipped to [0, 1]."""
-    x = x.mean(1, keepdim=True)
     x = x if x.shape[-1] == 28 else interpolate(x, (28, 28), mode="bilinear", antialias=True)
-    return in_chunks(net, x.clamp(0, 1))
-
+    return in_chunks(net, x.mean(1, keepdim=True).clamp(0, 1))
 
 def identity(x_hat, y):
     """% of reconstructions that LeNet gives the true label."""
-    return 100 * (judge(x_hat, lenet(x_hat.device)).argmax(1) == y).double().mean().item()
-
+    return 100 * (judge(x_hat, lenet(x_hat.device)).argmax(1) == y).float().mean().item()
 
 def fid(x, x_fake):
     """LeNet-FID ‖μ − μ'‖² + tr(C + C' − 2(CC')^½), on the 84 penultimate features; comparable with itself alone."""
-    f, g = (judge(images, lenet(x.device)[:-1]).double().cpu().numpy() for images in (x, x_fake))
-    C, D = np.cov(f.T), np.cov(g.T)
-    cross = np.sqrt(np.linalg.eigvals(C @ D).astype(complex)).real.sum()
-    return float(np.square(f.mean(0) - g.mean(0)).sum() + np.trace(C + D) - 2 * cross)
-
+    f, g = (judge(images, lenet(x.device)[:-1]).cpu().double().numpy() for images in (x, x_fake))
+    C, D = np.cov(f.T), np.cov(g.T)  # tr (CD)^½ is the sum of the roots of CD's eigenvalues
+    return float(np.square(f.mean(0) - g.mean(0)).sum() + np.trace(C + D - 2 * np.diag(
+        np.sqrt(np.linalg.eigvals(C @ D).astype(complex)).real)))
 
 def grid(images, columns, title, rows=()):
     """A figure of images (N, C, H, W), row by row; rows: names of the rows."""
-    from matplotlib.figure import Figure
     images, lines = pad(images.detach().float().cpu().clamp(0, 1), (1, 1, 1, 1), value=1), -(-len(images) // columns)
     sheet = torch.cat([torch.cat(list(line), 2) for line in images.split(columns)], 1).permute(1, 2, 0).numpy()
-    figure = Figure(figsize=(8, 0.5 + 8 * lines / columns))
-    axes, height = figure.add_subplot(title=title), sheet.shape[0] / lines
+    axes = (figure := Figure(figsize=(8, 0.5 + 8 * lines / columns))).add_subplot(title=title)
     axes.imshow(sheet if sheet.shape[2] > 1 else sheet[..., 0], cmap="gray", interpolation="nearest")
-    axes.set(xticks=[], yticks=[(i + 0.5) * height for i in range(len(rows))], yticklabels=rows)
+    axes.set(xticks=[], yticks=[(i + 0.5) * len(sheet) / lines for i in range(len(rows))], yticklabels=rows)
     return figure
-
 
 def curves(panels, xlabel, title, **scales):
     """A figure with a panel for each {ylabel: {label: (xs, ys[, format])}}; scales: xscale, yscale."""
-    from matplotlib.figure import Figure
     figure = Figure(figsize=(max(3.6 * len(panels), 6), 3.4), layout="constrained")
     for axes, (ylabel, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for label, line in lines.items():
             axes.plot(*line, label=label)
         axes.set(xlabel=xlabel, ylabel=ylabel, **scales)
         axes.grid(alpha=0.3)
-    same = len({tuple(lines) for lines in panels.values()}) == 1  # then one legend below will do
-    figure.legend(list(lines), loc="outside lower center", ncols=3) if same else [a.legend() for a in figure.axes]
+        axes.legend(fontsize=8)
     figure.suptitle(title)
     return figure
