@@ -51,7 +51,7 @@ def parse_config(Config, argv=None):
     parser.error = fail
     flags = {f.name: "--" + f.name.replace("_", "-") for f in fields(Config)}
     for f in fields(Config):
-        text = f"{f.metadata['help']} (default: {f.default if f.default != '' else 'none'})".replace("%", "%%")
+        text = (f.metadata["help"] + f" (default: {f.default})" * (f.default != "")).replace("%", "%%")
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {
             "type": type(f.default), "choices": f.metadata["choices"],
             "metavar": "|".join(f.metadata["choices"] or [f.name.upper()])}

@@ -174,6 +174,7 @@ def main(config):
     if config.smoke:
         x, x_test, steps = x[:2000], x_test[:500], min(steps, 40)
     run = shared.Run(config, device, d * k, unit="step")
+    run.at["images"] = len(x)
     mean, S = covariance(x)
     top, values = analytic(S, d if d < 100 else max(k, 100))
     V, l1 = top[:, :k], values[0].item()
@@ -219,8 +220,10 @@ def main(config):
         "analytic": (ks, tails), "gradient descent, 500 steps": (points, found, "o")}}, "k", f"PCA, {config.dataset}"))
     C = solutions["reconstruction, QR"]
     run.save("model.pt", C=C, mean=mean)
-    run.finish(**{"eval/recon_mse": shared.recon_mse(x_test, (x_test - mean) @ C @ C.T + mean)},
-               **{f"{name}/{key}": value for name, result in results.items() for key, value in result.items()})
+    metrics = {f"{name}/{key}": value for name, result in results.items() for key, value in result.items()}
+    if shape:
+        metrics["eval/recon_mse"] = shared.recon_mse(x_test, (x_test - mean) @ C @ C.T + mean)
+    run.finish(**metrics)
 
 
 if __name__ == "__main__":

@@ -209,13 +209,15 @@ def draw(nets, data, config, run):
     """Reconstructions, samples, interpolations (the same test images and z every time) and the curves so far."""
     x_test, shape, epoch = data[2], data[4], run.done
     F, G, E = nets["F"], nets["G"], nets["E"]
-    x = x_test[:50]
-    pairs = torch.stack([x.view(5, 10, -1), G(E(x)).view(5, 10, -1)], 1).flatten(0, 2)  # rows x, G(E(x)), x, …
-    run.picture("reconstructions", shared.grid(to_images(pairs, config, shape), 10,
-                f"Test images x and reconstructions G(E(x)), epoch {epoch}", ["x", "G(E(x))"] * 5))
+    n = min(10, len(x_test))
+    x = x_test[:50 // n * n][:len(x_test) // n * n].unflatten(0, (-1, n))
+    pairs = torch.stack([x, G(E(x))], 1).flatten(0, 2)  # rows x, G(E(x)), x, …
+    run.picture("reconstructions", shared.grid(to_images(pairs, config, shape), n,
+                f"Test images x and reconstructions G(E(x)), epoch {epoch}", ["x", "G(E(x))"] * len(x)))
     samples = G(F(fixed_z(100, config, x.device)))
     run.picture("samples", shared.grid(to_images(samples, config, shape), 10, f"Samples G(F(z)), epoch {epoch}"))
-    w_a, w_b, t = E(x[:8, None]), E(x[8:16, None]), torch.linspace(0, 1, 10, device=x.device)[:, None]
+    t = torch.linspace(0, 1, 10, device=x.device)[:, None]
+    w_a, w_b = E(x_test[:8, None]), E(x_test[:16].flip(0)[:8, None])
     run.picture("interpolations", shared.grid(to_images(G((1 - t) * w_a + t * w_b).flatten(0, 1), config, shape), 10,
                 f"G((1 − t) E(x₁) + t E(x₂)), t = 0 … 1, epoch {epoch}"))
 

@@ -3,8 +3,10 @@ import csv
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from conftest import FC_ALAE, ROOT
 
 EXPERIMENTS = sorted(str(path.relative_to(ROOT)) for folder in ("step1_linear", "step2_gan", "step3_official_alae", "baselines")
@@ -32,3 +34,15 @@ def test_smoke(file, command, tmp_path):
     assert json.loads((folder / "config.json").read_text())["config"]["matmul"] in ("highest", "medium")
     assert torch.load(folder / "model.pt", weights_only=True)["experiment"] == summary["experiment"]
     assert not list(folder.glob(".*")), "a temporary file was left"
+
+
+def test_own_pictures_without_labels(command, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for i in range(12):
+        Image.fromarray(np.random.default_rng(i).integers(255, size=(20, 30, 3), dtype=np.uint8)).save(
+            tmp_path / "pictures" / f"{i}.png")
+    done = command(FC_ALAE, "--smoke", "--dataset", f"folder:{tmp_path / 'pictures'}", "--batch-size", "5", "--epochs", "1",
+                   "--run-name", "own")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "runs/train_fc_alae/own/summary.json").read_text())
+    assert {key for key in summary if key.startswith("eval/")} == {"eval/recon_mse"}
