@@ -168,7 +168,7 @@ def load_checkpoint(path, Config):
     """What Run.save wrote, on the CPU; exit 2 unless it is that, of Config's experiment and with its fields."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        of, has = checkpoint["experiment"], checkpoint["config"].keys()
+        of, has, _ = checkpoint["experiment"], checkpoint["config"].keys(), checkpoint["file"]
     except Exception as error:  # torch.load raises many kinds for a file that is none of its own
         fail(f"{path}: " + ("no such file" if isinstance(error, FileNotFoundError) else "no checkpoint, or a damaged one"))
     if (of, has) != (experiment := Path(inspect.getfile(Config)).stem, {f.name for f in fields(Config)}):

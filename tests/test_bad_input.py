@@ -32,6 +32,7 @@ CASES = [
     (FC_ALAE, ["--run-name", "a/b"], "--run-name"),
     (FC_ALAE, ["--resume", "{tmp}/nothing.pt"], "no such file"),
     (FC_ALAE, ["--resume", "{tmp}/file"], "no checkpoint"),
+    (FC_ALAE, ["--resume", "{tmp}/foreign.pt"], "no checkpoint"),
     (FC_ALAE, ["--resume", "{tmp}/other.pt"], "checkpoint of pca_gd"),
     (FC_ALAE, ["--resume", "{tmp}/older.pt"], "other version"),
     (FC_ALAE, ["--wandb", "--smoke"], "wandb login"),
@@ -62,8 +63,9 @@ def bad(tmp_path_factory):
     shutil.copytree(ROOT / "data/MNIST/raw", tmp / "corrupt/MNIST/raw", ignore=shutil.ignore_patterns("*ubyte"))
     with gzip.open(tmp / "corrupt/MNIST/raw/t10k-labels-idx1-ubyte.gz", "wb") as file:
         file.write(b"corrupt")
-    torch.save({"experiment": "pca_gd", "config": {}}, tmp / "other.pt")
-    torch.save({"experiment": "train_fc_alae", "config": {"a_field_of_old": 1}}, tmp / "older.pt")
+    torch.save({"experiment": "pca_gd", "file": "checkpoint.pt", "config": {}}, tmp / "other.pt")
+    torch.save({"experiment": "train_fc_alae", "file": "checkpoint.pt", "config": {"of_old": 1}}, tmp / "older.pt")
+    torch.save({"weight": torch.zeros(3)}, tmp / "foreign.pt")
     return tmp
 
 
@@ -83,6 +85,7 @@ def test_runs_are_never_shared_nor_lost(command, tmp_path):
     checkpoint = folder / "checkpoint.pt"
     assert_refused(command(FC_ALAE, "--resume", checkpoint, "--lr", "0.004"), "--lr 0.002, not 0.004")
     assert_refused(command(FC_ALAE, "--resume", checkpoint, "--epochs", "1"), "2 already")
+    assert_refused(command(FC_ALAE, "--resume", folder / "model.pt"), "holds a trained model")
     checkpoint.write_bytes(before["checkpoint.pt"][:5000])
     assert_refused(command(FC_ALAE, "--resume", checkpoint), "damaged")
     checkpoint.write_bytes(before["checkpoint.pt"])

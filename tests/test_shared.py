@@ -122,6 +122,14 @@ def test_auto_matmul_keeps_fp32_accuracy():
     assert error < 2e-6
 
 
+def test_auto_matmul_refuses_a_mode_that_rounds(monkeypatch):
+    def rounded(a, b):
+        return torch.matmul(a.bfloat16(), b.bfloat16()).float() if a.dtype == torch.float32 else torch.matmul(a, b)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    assert shared.probe_matmul(torch.device("cpu")) == "highest"
+    torch.set_float32_matmul_precision("highest")
+
+
 def test_wandb_offline_mirrors_the_run(command, tmp_path):
     done = command(FC_ALAE, "--smoke", "--wandb", "--run-name", "w", cwd=tmp_path, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
