@@ -25,14 +25,14 @@ def fail(message, code=2):
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(code)
 
-def option(default, help, choices=None, low=None, high=float("inf")):
+def option(default, help, choices=None, low=None, high=1e300):
     """A dataclass field that is a command-line option; the bounds are inclusive."""
     return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
 
 @dataclass
 class Protocol:
     """The options that all experiments have in common; each Config adds its own."""
-    seed: int = option(0, "seed of the initial weights, the shuffling and z", low=0)
+    seed: int = option(0, "seed of the initial weights, the shuffling and z", low=0, high=2 ** 32 - 1)
     device: str = option("auto", "auto takes cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     data_dir: str = option(os.path.relpath(ROOT / "data"), "folder of the datasets, laid out as torchvision does")
     dataset: str = option("mnist", "mnist, fashion_mnist, cifar10, celeba or folder:PATH (your own pictures)")
@@ -65,7 +65,7 @@ def parse_config(Config, argv=None):
         given = saved | given
     for f, low, high in ((f, f.metadata["low"], f.metadata["high"]) for f in fields(Config)):
         if low is not None and not low <= given.get(f.name, f.default) <= high:  # NaN too
-            fail(f"{flags[f.name]} {given[f.name]}: must be at least {low}" + f", at most {high}" * (high < float("inf")))
+            fail(f"{flags[f.name]} {given[f.name]}: must be at least {low}" + f", at most {high}" * (high < 1e300))
     return Config(**given)
 
 def pick_device(name="auto"):

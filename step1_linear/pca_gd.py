@@ -187,6 +187,9 @@ def main(config):
         def done(step, C):
             angle, ratio = largest_angle(C, V), reconstruction_loss(C, S).item() / d / optimum
             trace[step] = (run.finite(angle), run.finite(ratio))
+            if run.stop:  # Ctrl-C
+                run.summarize("interrupted")
+                shared.fail("interrupted; a run takes a minute, start it again", code=130)
             return angle <= config.tolerance and (abs(ratio - 1) <= 1e-4 or how["loss"] is variance_loss)
         C, n, seconds = descend(S=S, k=k, steps=steps, done=done, **how)
         solutions[name], results[name] = C, measure(C, V, S, mean, x_test, optimum) | {"steps": n, "seconds": seconds}

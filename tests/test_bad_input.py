@@ -18,6 +18,8 @@ CASES = [
     (FC_ALAE, ["--latent-dim", "0"], "--latent-dim 0"),
     (FC_ALAE, ["--latent-dim", "785"], "784"),
     (FC_ALAE, ["--lr", "nan"], "--lr nan"),
+    (FC_ALAE, ["--lr", "inf"], "--lr inf"),
+    (FC_ALAE, ["--seed", "99999999999999999999"], "--seed"),
     (FC_ALAE, ["--device", "tpu"], "--device"),
     (FC_ALAE, ["--device", "mps"], "no such device"),
     (FC_ALAE, ["--dataset", "imagenet"], "unknown"),

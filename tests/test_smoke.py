@@ -46,3 +46,11 @@ def test_own_pictures_without_labels(command, tmp_path):
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs/train_fc_alae/own/summary.json").read_text())
     assert {key for key in summary if key.startswith("eval/")} == {"eval/recon_mse"}
+
+
+def test_benchmark(command, tmp_path):
+    done = command(FC_ALAE, "--smoke", "--benchmark")
+    assert done.returncode == 0, done.stderr
+    ratios = [float(part.split()[-1]) for part in done.stdout.split(" times torch.mm")[:-1]]
+    assert len(ratios) == 2 and min(ratios) > 0 and "peak memory" in done.stdout
+    assert not (tmp_path / "runs").exists()
