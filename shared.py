@@ -18,6 +18,7 @@ except ImportError:  # a plain line now and then will do
 
 ROOT = Path(__file__).resolve().parent
 FREE_ON_RESUME = {"resume", "epochs", "device", "data_dir", "wandb", "eval_every", "eval_weights"}  # all else must agree
+seed_everything = torch.manual_seed  # of all devices; nothing here draws from numpy's or Python's global generators
 NO_SETTING = FREE_ON_RESUME - {"eval_weights"} | {"seed", "dataset", "split", "out_dir", "run_name", "matmul", "references"}
 
 def fail(message, code=2):
@@ -34,7 +35,7 @@ class Protocol:
     """The options that all experiments have in common; each Config adds its own."""
     seed: int = option(0, "seed of the initial weights, the shuffling and z", low=0, high=2 ** 32 - 1)
     device: str = option("auto", "auto takes cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
-    data_dir: str = option(os.path.relpath(ROOT / "data"), "folder of the datasets, laid out as torchvision does")
+    data_dir: str = option(str(ROOT / "data"), "folder of the datasets, laid out as torchvision does")
     dataset: str = option("mnist", "mnist, fashion_mnist, cifar10, celeba or folder:PATH (your own pictures)")
     split: str = option("dw", "dw: official test images (different writers); sw: a sixth of the training images (same "
                         "writers); val: another sixth, to choose hyperparameters on", choices=("dw", "sw", "val"))
@@ -53,14 +54,14 @@ def parse_config(Config, argv=None):
     for f in fields(Config):
         text = (f.metadata["help"] + f" (default: {f.default})" * (f.default != "")).replace("%", "%%")
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {
-            "type": type(f.default), "choices": f.metadata["choices"],
+            "type": os.path.abspath if f.name == "data_dir" else type(f.default), "choices": f.metadata["choices"],
             "metavar": "|".join(f.metadata["choices"] or [f.name.upper()])}
         parser.add_argument(flags[f.name], default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     if given.get("resume"):
         saved, file = (load_checkpoint(given["resume"], Config)[key] for key in ("config", "file"))
         file == "checkpoint.pt" or fail(f"{given['resume']} holds a trained model, not the checkpoint of a run")
-        for key in (key for key in given.keys() - FREE_ON_RESUME if given[key] != saved[key]):
+        for key in (key for key in given.keys() - FREE_ON_RESUME if given[key] not in (saved[key], "auto")):
             fail(f"{given['resume']} was trained with {flags[key]} {saved[key]}, not {given[key]}")
         given = saved | given
     for f, low, high in ((f, f.metadata["low"], f.metadata["high"]) for f in fields(Config)):
@@ -72,8 +73,6 @@ def pick_device(name="auto"):
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(kind for kind in have if have[kind]) if name == "auto" else name
     return torch.device(name) if have.get(name) else fail(f"--device {name}: there is no such device here")
-
-seed_everything = torch.manual_seed  # of all devices; nothing here draws from numpy's or Python's global generators
 
 def probe_matmul(device):
     """'medium' where it keeps fp32 accuracy (CPUs where it only picks another library), 'highest' where it rounds."""
@@ -135,10 +134,10 @@ def read_pictures(paths, size):
     """Decode, crop to the central square and resize: uint8 (N, size, size, 3), or (…, 1) if all are grey."""
     from PIL import Image, ImageOps
     pictures = []
-    for path in tqdm(paths, "reading pictures", leave=False) if tqdm else paths:
+    for path in tqdm(paths, "reading pictures", leave=False, delay=1) if tqdm else paths:
         try:
             pictures.append(np.asarray(ImageOps.fit(Image.open(path).convert("RGB"), (size, size), Image.LANCZOS)))
-        except OSError as error:
+        except Exception as error:  # PIL raises many kinds
             fail(f"{path}: not a readable picture ({error})")
     x = torch.from_numpy(np.stack(pictures))
     return x[..., :1] if (x == x[..., :1]).all() else x
@@ -159,8 +158,8 @@ def write(path, save):
     try:
         save(temporary) if callable(save) else temporary.write_text(json.dumps(save, indent=1) + "\n")
         os.replace(temporary, path)
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror or error}")
+    except (OSError, RuntimeError) as error:  # the latter from torch.save
+        fail(f"cannot write {path}: {error}")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -184,7 +183,7 @@ class Run:
     def __init__(self, config, device, params, checkpoint=None, unit="epoch"):
         file = Path(inspect.getfile(type(config)))
         self.config, self.unit, self.mark, self.trained, self.stop, self.bar = config, unit, None, [0, 0.0], False, None
-        self.at = {"id": uuid.uuid4().hex[:8], "done": 0, "steps": 0, "images": 0, "wall_s": 0, "rows": []}
+        self.at = {"id": uuid.uuid4().hex[:8], "done": 0, "steps": 0, "images": 0, "wall_s": 0, "rows": [], "commands": []}
         if checkpoint:
             self.at, self.dir = checkpoint["run"], Path(config.resume).absolute().parent
             for restore, state in zip((torch.set_rng_state, torch.cuda.set_rng_state_all), checkpoint["random"]):
@@ -198,6 +197,7 @@ class Run:
             except OSError as error:
                 fail(f"{self.dir} exists: choose another --run-name, or go on with it by --resume" if self.dir.is_dir()
                      else f"cannot write {self.dir}: {error.strerror}")
+        self.at["commands"].append(" ".join(["python", f"{file.parent.name}/{file.name}", *sys.argv[1:]]))
         self.born, config.run_name, git = time.time() - self.at["wall_s"], self.dir.name, []
         for command in ("git rev-parse HEAD", "git status --porcelain --untracked-files=no"):
             git.append(subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip())
@@ -205,7 +205,7 @@ class Run:
         setting = [f"{f.name} {getattr(config, f.name)}" for f in fields(config) if getattr(config, f.name) != f.default]
         self.facts = {"experiment": file.stem, "run": config.run_name, "dataset": config.dataset, "split": config.split,
                       "setting": ", ".join(s for s in setting if s.split()[0] not in NO_SETTING), "seed": config.seed,
-                      "command": " ".join(["python", f"{file.parent.name}/{file.name}", *sys.argv[1:]]),
+                      "command": " && ".join(self.at["commands"]),
                       "hardware": torch.cuda.get_device_name() if device.type == "cuda" else
                       f"{(cpu or [platform.processor()])[0]}, {torch.get_num_threads()} threads", "params": params,
                       "torch": torch.__version__, "commit": git[0], "dirty": bool(git[1])}
@@ -255,9 +255,14 @@ class Run:
 
     def finite(self, loss):
         if not np.isfinite(loss := float(loss)):
-            self.summarize("diverged")
-            fail(f"the loss became {loss} in {self.unit} {self.done + 1}: stopped; the checkpoint is from before", code=1)
+            self._abort("diverged", f"the loss became {loss} in {self.unit} {self.done + 1}: stopped", 1)
         return loss
+
+    def _abort(self, status, message, code):
+        self.bar and self.bar.close()
+        self.summarize(status)
+        self._mirror(lambda w: (w.summary.update(self.summary), w.finish(exit_code=code)))
+        fail(message, code)
 
     def log(self, row):
         """Add a row (the contract's keys, and the unit) to metrics.csv; mirror it in summary.json and W&B."""
@@ -288,11 +293,9 @@ class Run:
                     "random": [torch.get_rng_state()] + [torch.cuda.get_rng_state_all()] * torch.cuda.is_available()}
         write(self.dir / name, lambda temporary: torch.save(content, temporary))
 
-    def leave(self):
+    def leave(self, advice="go on with: python {} --resume {}/checkpoint.pt"):
         """After Ctrl-C, once the checkpoint is saved: say how to go on, and exit."""
-        self.summarize("interrupted")
-        self._mirror(lambda w: w.finish(exit_code=130))
-        fail(f"interrupted; go on with: python {sys.argv[0]} --resume {self.dir / 'checkpoint.pt'}", code=130)
+        self._abort("interrupted", "interrupted; " + advice.format(sys.argv[0], self.dir), 130)
 
     def finish(self, **metrics):
         """Add the final metrics to the summary, close the run and print them."""
@@ -330,13 +333,12 @@ def svm_accuracy(train, y_train, test, y_test, C=0.02):
         v.grad = torch.linalg.solve_triangular(L, w - 2 * C * (X.T @ (Y * slack)), upper=False).contiguous()
         return 0.5 * w.square().sum() + C * slack.square().sum()
     torch.optim.LBFGS([v], max_iter=200, tolerance_grad=1e-4, tolerance_change=0, line_search_fn="strong_wolfe").step(loss)
-    w = torch.linalg.solve_triangular(L.T, v, upper=True)
-    return 100 * ((X_test @ w).argmax(1) == y_test).float().mean().item()
+    return 100 * ((X_test @ torch.linalg.solve_triangular(L.T, v, upper=True)).argmax(1) == y_test).float().mean().item()
 
 def mlp_accuracy(train, y_train, test, y_test, epochs=20, width=128):
     """% right of an MLP with one hidden layer on standardised features (Adam 1e-3, batch 250; seed 0, always)."""
     mean, std, generator = train.mean(0), train.std(0) + 1e-6, torch.Generator(train.device).manual_seed(0)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(train.shape[1], width), nn.ReLU(), nn.Linear(width, int(y_train.max()) + 1))
     optimizer = torch.optim.Adam(net.to(train.device).parameters(), fused=True)
@@ -353,11 +355,11 @@ def accuracies(kind, *features, prefix="eval"):
 
 @cache
 def lenet(device, trained=True):
-    """The classifier behind eval/identity and eval/fid: digits (B, 1, 28, 28) in [0, 1] → 84 features (net[:-1]) → logits.
-    Its committed weights, made by `python assets/train_lenet.py`, never change."""
-    net = nn.Sequential(
-        nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(800, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)).to(device)
+    """The classifier behind identity and fid, net[:-1] its 84 features; made once, by `python assets/train_lenet.py`."""
+    with torch.random.fork_rng(devices=[]):  # a training's random numbers are left alone
+        net = nn.Sequential(
+            nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(800, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)).to(device)
     trained and net.load_state_dict(torch.load(ROOT / "assets/lenet.pt", map_location=device, weights_only=True))
     return net
 
@@ -392,8 +394,6 @@ def curves(panels, xlabel, title, **scales):
     for axes, (ylabel, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for label, line in lines.items():
             axes.plot(*line, label=label)
-        axes.set(xlabel=xlabel, ylabel=ylabel, **scales)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.set(xlabel=xlabel, ylabel=ylabel, **scales), axes.grid(alpha=0.3), axes.legend(fontsize=8)
     figure.suptitle(title)
     return figure

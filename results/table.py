@@ -29,19 +29,32 @@ def summaries(folder):
     """The summary.json files below a folder of runs, or the collected ones in a folder like results/."""
     folder = Path(folder)
     paths = sorted(folder.rglob("summary.json")) or sorted(folder.rglob("*.json"))
-    found = [json.loads(path.read_text()) for path in paths]
-    return [summary for summary in found if summary.get("status") == "done"]
+    return [summary for summary in map(read, paths) if summary["status"] == "done"]
+
+
+def read(path):
+    """A run's summary; exit 2 unless the file is one."""
+    try:
+        summary = json.loads(path.read_text())
+        return {"status": summary["status"], "experiment": summary["experiment"], "run": summary["run"]} | summary
+    except FileNotFoundError:
+        fail(f"{path.parent}: no summary.json there")
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"{path} is not the summary of a run")
 
 
 def collect(run):
-    path = Path(run, "summary.json")
-    if not path.exists():
-        fail(f"{run}: no summary.json there")
-    summary = json.loads(path.read_text())
+    """Copy a finished run's summary to results/<experiment>/<run-name>.json; exit 2 rather than replace another's."""
+    summary = read(Path(run, "summary.json"))
     if summary["status"] != "done":
         fail(f"{run}: not finished, but {summary['status']}")
     target = ROOT / "results" / summary["experiment"] / f"{summary['run']}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and read(target) != summary:
+        fail(f"{target} is of another run of that name: delete it first, if it should go")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write {target}: {error}")
     write(target, summary)
     print(target)
 

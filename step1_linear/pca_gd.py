@@ -1,6 +1,6 @@
 """Principal component analysis by gradient descent, two problems with one solution, against the analytic solution.
 
-With centred data X (n, d), covariance Σ = XᵀX/n = VΛVᵀ and C (d, k), k ≤ d:
+With centred data X (n, d), covariance Σ = XᵀX/n = VΛVᵀ and C (d, k), k < d:
 
     reconstruction   min  ‖X − XCCᵀ‖²/n = tr Σ − 2 tr CᵀΣC + tr CᵀΣC CᵀC      subject to CᵀC = I
     variance         max  tr CᵀΣC                                             subject to CᵀC = I
@@ -44,7 +44,7 @@ class Config(shared.Protocol):
     k: int = option(-1, "number of components; -1: 50, or 2 for the toys", low=-1)
     steps: int = option(3000, "at most so many gradient steps for each method (ours)", low=1)
     tolerance: float = option(1e-3, "stop at this largest principal angle, in rad (ours)", low=1e-9)
-    rho: float = option(2.0, "weight ρ of the soft constraint, in units of λ₁ (ours)", low=0)
+    rho: float = option(2.0, "weight ρ of the soft constraint, in units of λ₁ (ours)", low=1e-3)
 
 
 def reconstruction_loss(C, S):
@@ -169,13 +169,15 @@ def main(config):
     x, x_test = (t.flatten(1).double().to(device) for t in (x, x_test))
     d, k, steps = x.shape[1], config.k, config.steps
     k = min(50, d - 1) if k == -1 else k
-    if not 1 <= k <= d:
-        shared.fail(f"--k {k}: choose 1 to {d}, the data's dimension")
+    if not 1 <= k < d:
+        shared.fail(f"--k {k}: choose 1 to {d - 1}, below the data's dimension")
     if config.smoke:
         x, x_test, steps = x[:2000], x_test[:500], min(steps, 40)
+    mean, S = covariance(x)
+    if S.trace() < 1e-12:
+        shared.fail(f"--dataset {config.dataset}: the images are all the same")
     run = shared.Run(config, device, d * k, unit="step")
     run.at["images"] = len(x)
-    mean, S = covariance(x)
     top, values = analytic(S, d if d < 100 else max(k, 100))
     V, l1 = top[:, :k], values[0].item()
     optimum = reconstruction_loss(V, S).item() / d
@@ -188,15 +190,17 @@ def main(config):
             angle, ratio = largest_angle(C, V), reconstruction_loss(C, S).item() / d / optimum
             trace[step] = (run.finite(angle), run.finite(ratio))
             if run.stop:  # Ctrl-C
-                run.summarize("interrupted")
-                shared.fail("interrupted; a run takes a minute, start it again", code=130)
+                run.leave("a run takes a minute, start it again")
             return angle <= config.tolerance and (abs(ratio - 1) <= 1e-4 or how["loss"] is variance_loss)
         C, n, seconds = descend(S=S, k=k, steps=steps, done=done, **how)
         solutions[name], results[name] = C, measure(C, V, S, mean, x_test, optimum) | {"steps": n, "seconds": seconds}
         if name == "variance, penalty":
             results[name + ", then one QR"] = measure(torch.linalg.qr(C)[0], V, S, mean, x_test, optimum)
-        print(f"{name}: {n} steps, {seconds:.2f} s, angle {trace[n][0]:.1e} rad, MSE / optimum {trace[n][1]:.6f}")
 
+    print(f"{'':32s}{'train MSE':>10s}{'test MSE':>10s}{'ratio':>10s}{'|CᵀC−I|²':>10s}{'angle':>10s}{'steps':>8s}{'s':>7s}")
+    for name, r in results.items():
+        print(f"{name:32s}{r['mse_train']:10.6f}{r['mse_test']:10.6f}{r['ratio']:10.6f}{r['orthonormality']:10.1e}"
+              f"{r['angle']:10.1e}" + (f"{r['steps']:8d}{r['seconds']:7.2f}" if "steps" in r else ""))
     for step in sorted({step for trace in traces.values() for step in trace}):
         run.log({"step": step} | {f"train/{key} ({name})": value for name, trace in traces.items() if step in trace
                                   for key, value in zip(("angle", "ratio"), trace[step])})

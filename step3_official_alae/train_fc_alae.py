@@ -8,7 +8,7 @@ so that the reconstruction G(E(x)) never compares pixels. Algorithm 1 of the pap
     III. E, G   minimise  L_err^{E,G} = ‖F(z) − E(G(F(z)))‖²
 
     python step3_official_alae/train_fc_alae.py                                      # 20 epochs
-    python step3_official_alae/train_fc_alae.py --epochs 6 --lr 0.008 --batch-size 64   # the README's quick line
+    python step3_official_alae/train_fc_alae.py --epochs 8 --lr 0.008 --batch-size 64   # the README's quick line
     python step3_official_alae/train_fc_alae.py --epochs 600                         # the official length
     python step3_official_alae/train_fc_alae.py --resume runs/train_fc_alae/NAME/checkpoint.pt --epochs 100
 

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from conftest import FC_ALAE, ROOT
 
 PCA = "step1_linear/pca_gd.py"
@@ -26,6 +27,7 @@ CASES = [
     (FC_ALAE, ["--dataset", "folder:/no/such/folder"], "no such folder"),
     (FC_ALAE, ["--dataset", "folder:{tmp}/empty"], "only 0 pictures"),
     (FC_ALAE, ["--dataset", "folder:{tmp}/broken"], "not a readable picture"),
+    (FC_ALAE, ["--dataset", "folder:{tmp}/damaged"], "not a readable picture"),
     (FC_ALAE, ["--data-dir", "{tmp}/empty"], "could not be fetched"),
     (FC_ALAE, ["--dataset", "cifar10", "--data-dir", "{tmp}/empty"], "could not be fetched"),
     (FC_ALAE, ["--dataset", "celeba", "--data-dir", "{tmp}/empty"], "could not be fetched"),
@@ -39,10 +41,13 @@ CASES = [
     (FC_ALAE, ["--resume", "{tmp}/older.pt"], "other version"),
     (FC_ALAE, ["--wandb", "--smoke"], "wandb login"),
     (PCA, ["--k", "0"], "--k 0"),
-    (PCA, ["--k", "785"], "784"),
-    (PCA, ["--dataset", "swiss_roll", "--k", "4"], "3"),
+    (PCA, ["--k", "784"], "1 to 783"),
+    (PCA, ["--dataset", "swiss_roll", "--k", "3"], "1 to 2"),
+    (PCA, ["--rho", "0"], "--rho"),
     (PCA, ["--steps", "0"], "--steps 0"),
     ("results/table.py", ["--collect", "{tmp}/empty"], "no summary.json"),
+    ("results/table.py", ["--collect", "{tmp}/half"], "not the summary"),
+    ("results/table.py", ["{tmp}/half"], "not the summary"),
     ("results/table.py", ["{tmp}/nowhere"], "no such folder"),
 ]
 
@@ -50,18 +55,22 @@ CASES = [
 def assert_refused(done, fragment):
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2, done.stderr
-    assert len(lines) == 1 and fragment in lines[0] and "error:" in lines[0], done.stderr
+    assert len(lines) == 1 and fragment in lines[0] and ".py: error: " in lines[0][:30], done.stderr
 
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory):
     """A folder of things that should be refused."""
     tmp = tmp_path_factory.mktemp("bad")
-    (tmp / "empty").mkdir()
+    (tmp / "empty").mkdir(), (tmp / "half").mkdir()
+    (tmp / "half" / "summary.json").write_text('{"experiment": "train')
     (tmp / "file").write_text("no folder, no checkpoint")
-    (tmp / "broken").mkdir()
+    (tmp / "broken").mkdir(), (tmp / "damaged").mkdir()
     for i in range(6):
         (tmp / "broken" / f"{i}.png").write_bytes(b"no picture")
+        Image.new("RGB", (30, 30)).save(tmp / "damaged" / f"{i}.png")
+    png = (tmp / "damaged" / "0.png").read_bytes()
+    (tmp / "damaged" / "0.png").write_bytes(png.replace(b"IDAT", b"IDAX"))
     shutil.copytree(ROOT / "data/MNIST/raw", tmp / "corrupt/MNIST/raw", ignore=shutil.ignore_patterns("*ubyte"))
     with gzip.open(tmp / "corrupt/MNIST/raw/t10k-labels-idx1-ubyte.gz", "wb") as file:
         file.write(b"corrupt")

@@ -81,10 +81,10 @@ def test_r1_of_a_linear_critic():
 def test_adversarial_losses():
     D, E, zeros = nn.Linear(3, 1), nn.Identity(), torch.zeros(4, 3)
     with torch.no_grad():
-        D.weight.zero_(), D.bias.fill_(2.0)
+        D.weight.fill_(1.0), D.bias.fill_(2.0)  # 2 on zeros, 5 on ones
     softplus = nn.functional.softplus
-    loss, r1 = alae.L_adv_ED(D, E, zeros, zeros, gamma=0.0)
-    torch.testing.assert_close(loss, softplus(torch.tensor(2.0)) + softplus(torch.tensor(-2.0)))
+    loss, r1 = alae.L_adv_ED(D, E, x=zeros + 1, x_fake=zeros, gamma=0.0)
+    torch.testing.assert_close(loss, softplus(torch.tensor(2.0)) + softplus(torch.tensor(-5.0)))
     torch.testing.assert_close(alae.L_adv_FG(D, E, zeros), softplus(torch.tensor(-2.0)))
     torch.testing.assert_close(alae.L_err_EG(lambda x: 3 * x, lambda w: w, torch.ones(4, 3)), torch.tensor(4.0))
 
@@ -165,7 +165,8 @@ def compare(straight, folder):
 def test_resume_equals_no_interruption(straight, tmp_path, monkeypatch):
     folder = tmp_path / "train_fc_alae" / "b"
     train(monkeypatch, "--smoke", "--epochs", "1", "--eval-every", "1", "--out-dir", str(tmp_path), "--run-name", "b")
-    train(monkeypatch, "--resume", str(folder / "checkpoint.pt"), "--epochs", "2")
+    monkeypatch.chdir(tmp_path)  # from elsewhere, too
+    train(monkeypatch, "--resume", str(folder / "checkpoint.pt"), "--epochs", "2", "--matmul", "auto")
     compare(straight, folder)
 
 
@@ -214,6 +215,13 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint_whole(tmp_path, comm
     assert shared.load_checkpoint(path, alae.Config)["run"]["done"] == 1
     resumed = command(FC_ALAE, "--resume", path)
     assert resumed.returncode == 0, resumed.stderr
+
+
+def test_references_do_not_change_the_training(straight, tmp_path, monkeypatch):
+    train(monkeypatch, "--smoke", "--epochs", "2", "--references", "--out-dir", str(tmp_path), "--run-name", "r")
+    a, b = (torch.load(path / "model.pt", weights_only=True) for path in (straight, tmp_path / "train_fc_alae" / "r"))
+    assert_same(a["E"], b["E"])
+    assert {"untrained/svm_acc_short", "pixels/svm_acc_short"} <= b["run"]["rows"][0].keys()
 
 
 def test_load_model_gives_the_evaluated_networks(straight):
