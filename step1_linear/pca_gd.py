@@ -14,8 +14,11 @@ Both are solved by every orthonormal basis of the k leading eigenvectors. The co
     of steps, since λ₅₀ − λ₅₁ is only 0.0003 λ₁ on MNIST.
 Only Σ matters: a step costs d²k multiply-accumulates whatever n is.
 
-    python step1_linear/pca_gd.py                          # MNIST, k = 50: a minute on two CPU cores
+    python step1_linear/pca_gd.py                          # MNIST, k = 50: 1.3 minutes on two CPU cores
     python step1_linear/pca_gd.py --dataset swiss_roll     # or sine_sheet: toy data in 3-D, k = 2
+
+Result to expect (AMD EPYC, two cores): an angle below 10⁻³ rad and the optimal MSE after 640 steps (reconstruction, QR),
+1,000 (variance, QR, large step) and 2,000 (penalties), 3 to 10 s each.
 
 Sources: the seed's step 1; A. H. Williams, 'Everything you did and didn't know about PCA' (2016).
 Deviations: 1. The seed descends on the data; here on Σ, the same function of C.
@@ -204,10 +207,16 @@ def main(config):
     for step in sorted({step for trace in traces.values() for step in trace}):
         run.log({"step": step} | {f"train/{key} ({name})": value for name, trace in traces.items() if step in trace
                                   for key, value in zip(("angle", "ratio"), trace[step])})
-    run.picture("convergence", shared.curves({
-        "largest principal angle, rad": {name: (list(t), [a for a, _ in t.values()]) for name, t in traces.items()},
-        "|MSE / optimum − 1|": {name: (list(t), [abs(r - 1) + 1e-12 for _, r in t.values()]) for name, t in traces.items()}},
-        "gradient steps", f"PCA by gradient descent, {config.dataset}, k = {k}", yscale="log", xscale="log"))
+    styles = dict(zip(traces, ("-", "-", "--", "-", "-")))  # the two with a penalty turn alike
+    figure = shared.curves({
+        "largest principal angle, rad": {name: (list(t), [a for a, _ in t.values()], styles[name]) for name, t in
+                                         traces.items()},
+        "|MSE / optimum − 1|": {name: (list(t), [abs(r - 1) + 1e-12 for _, r in t.values()], styles[name]) for name, t in
+                                traces.items()}},
+        "gradient steps", f"PCA by gradient descent, {config.dataset}, k = {k}", yscale="log", xscale="log")
+    [axes.get_legend().remove() for axes in figure.axes]
+    figure.legend(handles=figure.axes[0].get_lines(), loc="outside lower center", ncols=3)
+    run.picture("convergence", figure)
     run.picture("toys", figure_toys())
 
     if shape:
