@@ -66,7 +66,7 @@ def cell(metric, values):
     elif metric == "steps":
         digits = "{:.0f}"
     else:
-        digits = "{:.5f}" if max(map(abs, values)) >= 1e-3 else "{:.0e}"
+        digits = "{:.5f}" if max(map(abs, values)) >= 1e-3 else "{:.1e}"
     spread = f" ± {digits.format(statistics.stdev(values))}" if len(values) > 1 else ""
     return digits.format(statistics.fmean(values)) + spread
 
@@ -88,7 +88,10 @@ def tables(found):
                 if row not in ("train", "perf"):
                     lines.setdefault(row, {})[metric] = cell(metric, [s[key] for s in runs if key in s])
             for row, cells in sorted(lines.items(), key=lambda line: line[0] != "eval"):
-                rows.append(([ROWS.get(row, row if row != "eval" else setting), f"{dataset} {split}", str(len(runs))], cells))
+                line = [ROWS.get(row, row if row != "eval" else setting), f"{dataset} {split}", str(len(runs))], cells
+                repeated = any(cells.items() <= other.items() for name, other in lines.items() if name != row)
+                if line not in rows and not repeated:
+                    rows.append(line)
             minutes = statistics.fmean(s["wall_s"] for s in runs) / 60
             notes.append(f"- {setting}, {dataset} {split}: `{runs[0]['command']}`; seeds "
                          f"{', '.join(str(s['seed']) for s in runs)}; {minutes:.1f} minutes on {runs[0]['hardware']}; "
