@@ -1,6 +1,6 @@
 """What every experiment shares and no paper owns: options, data, a run's files, pictures, and the instruments that
 measure all methods alike. Networks, losses, optimizers and update orders stay in the experiments."""
-import argparse, csv, ctypes, inspect, io, json, os, platform, re, signal, subprocess, sys, time, uuid  # noqa: E401
+import argparse, csv, ctypes, inspect, io, json, os, platform, re, shlex, signal, subprocess, sys, time, uuid  # noqa: E401
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -197,7 +197,7 @@ class Run:
             except OSError as error:
                 fail(f"{self.dir} exists: choose another --run-name, or go on with it by --resume" if self.dir.is_dir()
                      else f"cannot write {self.dir}: {error.strerror}")
-        self.at["commands"].append(" ".join(["python", f"{file.parent.name}/{file.name}", *sys.argv[1:]]))
+        self.at["commands"].append(f"python {file.parent.name}/{file.name} {shlex.join(sys.argv[1:])}".strip())
         self.born, config.run_name, git = time.time() - self.at["wall_s"], self.dir.name, []
         for command in ("git rev-parse HEAD", "git status --porcelain --untracked-files=no"):
             git.append(subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip())
@@ -283,7 +283,7 @@ class Run:
 
     def picture(self, name, figure):
         """Save a matplotlib figure as <name>.png."""
-        write(path := self.dir / f"{name}.png", lambda temporary: figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight"))
+        write(path := self.dir / f"{name}.png", lambda t: figure.savefig(t, format="png", dpi=150, bbox_inches="tight"))
         self._mirror(lambda w: w.log({f"media/{name}": sys.modules["wandb"].Image(str(path))}, step=self.done))
 
     def save(self, name, **content):
@@ -316,7 +316,7 @@ def knn_accuracy(train, y_train, test, y_test):
     train = train - centre
     norms = train.square().sum(1)
     nearest = in_chunks(lambda part: torch.addmm(norms, part - centre, train.T, alpha=-2).argmin(1), test, 500)
-    return 100 * (y_train[nearest] == y_test).float().mean().item()
+    return 100 * (y_train[nearest] == y_test).sum().item() / len(y_test)
 
 @torch.no_grad()
 def svm_accuracy(train, y_train, test, y_test, C=0.02):
@@ -333,7 +333,7 @@ def svm_accuracy(train, y_train, test, y_test, C=0.02):
         v.grad = torch.linalg.solve_triangular(L, w - 2 * C * (X.T @ (Y * slack)), upper=False).contiguous()
         return 0.5 * w.square().sum() + C * slack.square().sum()
     torch.optim.LBFGS([v], max_iter=200, tolerance_grad=1e-4, tolerance_change=0, line_search_fn="strong_wolfe").step(loss)
-    return 100 * ((X_test @ torch.linalg.solve_triangular(L.T, v, upper=True)).argmax(1) == y_test).float().mean().item()
+    return 100 * ((X_test @ torch.linalg.solve_triangular(L.T, v, upper=True)).argmax(1) == y_test).sum().item() / len(y_test)
 
 def mlp_accuracy(train, y_train, test, y_test, epochs=20, width=128):
     """% right of an MLP with one hidden layer on standardised features (Adam 1e-3, batch 250; seed 0, always)."""
@@ -346,7 +346,7 @@ def mlp_accuracy(train, y_train, test, y_test, epochs=20, width=128):
         optimizer.zero_grad()
         cross_entropy(net((train[i] - mean) / std), y_train[i]).backward()
         optimizer.step()
-    return 100 * (net((test - mean) / std).argmax(1) == y_test).float().mean().item()
+    return 100 * (net((test - mean) / std).argmax(1) == y_test).sum().item() / len(y_test)
 
 def accuracies(kind, *features, prefix="eval"):
     """The contract's accuracies; features: train (N, d), y_train, test (M, d), y_test; kind: short, or long (no MLP)."""
@@ -370,7 +370,7 @@ def judge(x, net):
 
 def identity(x_hat, y):
     """% of reconstructions that LeNet gives the true label."""
-    return 100 * (judge(x_hat, lenet(x_hat.device)).argmax(1) == y).float().mean().item()
+    return 100 * (judge(x_hat, lenet(x_hat.device)).argmax(1) == y).sum().item() / len(y)
 
 def fid(x, x_fake):
     """LeNet-FID ‖μ − μ'‖² + tr(C + C' − 2(CC')^½), on the 84 penultimate features; comparable with itself alone."""
