@@ -78,11 +78,12 @@ def largest_angle(C, V):
     return float(scipy.linalg.subspace_angles(C.cpu().numpy(), V.cpu().numpy()).max())
 
 
-def descend(loss, S, k, steps, eta, rho=0.0, exact=True, momentum=True, done=lambda step, C: False):
+def descend(loss, S, k, steps, eta, rho=0.0, exact=True, momentum=True, seed=0,
+            done=lambda step, C: False):
     """Gradient descent with step size eta from a random orthonormal C (d, k): on loss + ρ‖CᵀC − I‖², or, if exact, on the
     loss with a QR after each step. done(step, C), asked every 20 steps and not timed, may end it. Returns C, steps,
     seconds."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     C = before = torch.linalg.qr(torch.randn(len(S), k, dtype=S.dtype, generator=generator))[0].to(S)
     n, seconds, start = 0, 0.0, time.perf_counter()
     for step in range(1, steps + 1):
@@ -195,7 +196,7 @@ def main(config):
             if run.stop:  # Ctrl-C
                 run.leave("a run takes a minute, start it again")
             return angle <= config.tolerance and (abs(ratio - 1) <= 1e-4 or how["loss"] is variance_loss)
-        C, n, seconds = descend(S=S, k=k, steps=steps, done=done, **how)
+        C, n, seconds = descend(S=S, k=k, steps=steps, seed=config.seed, done=done, **how)
         solutions[name], results[name] = C, measure(C, V, S, mean, x_test, optimum) | {"steps": n, "seconds": seconds}
         if name == "variance, penalty":
             results[name + ", then one QR"] = measure(torch.linalg.qr(C)[0], V, S, mean, x_test, optimum)
@@ -229,11 +230,11 @@ def main(config):
                     f"Leading {show} principal components", ["analytic", "gradient\ndescent"]))
     ks = list(range(1, top.shape[1] + 1))
     tails = [(S.trace().item() - s) / d for s in values.cumsum(0).tolist()]
-    points = [n for n in (1, 2, 5, 10, 20, 50, 100) if n <= ks[-1]]
-    found = [reconstruction_loss(descend(variance_loss, S, n, min(steps, 500), 1000 / l1, momentum=False)[0], S).item() / d
+    points, most = [n for n in (1, 2, 5, 10, 20, 50, 100) if n <= ks[-1]], min(steps, 500)
+    found = [reconstruction_loss(descend(variance_loss, S, n, most, 1000 / l1, momentum=False)[0], S).item() / d
              for n in points]
     run.picture("mse_against_k", shared.curves({"train MSE": {
-        "analytic": (ks, tails), "gradient descent, 500 steps": (points, found, "o")}}, "k", f"PCA, {config.dataset}"))
+        "analytic": (ks, tails), f"gradient descent, {most} steps": (points, found, "o")}}, "k", f"PCA, {config.dataset}"))
     C = solutions["reconstruction, QR"]
     run.save("model.pt", C=C, mean=mean)
     if shape:  # the contract's MSE, clipped
