@@ -26,8 +26,7 @@ def fail(message, code=2):
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(code)
 
-def option(default, help, choices=None, low=None, high=1e300):
-    """A dataclass field that is a command-line option; the bounds are inclusive."""
+def option(default, help, choices=None, low=None, high=1e300):  # a dataclass field; the bounds are inclusive
     return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
 
 @dataclass
@@ -108,14 +107,16 @@ def load_images(name, data_dir=ROOT / "data", split="dw", device="cpu", size=Non
     elif not cls:
         fail(f"--dataset {name}: unknown; choose {', '.join(classes)} or folder:PATH")
     else:
-        for file, md5 in getattr(cls, "resources", []):  # torchvision would fetch a corrupt one again, or fail obscurely
-            file = folder / cls.__name__ / "raw" / file
+        for file, md5 in ((folder / cls.__name__ / "raw" / file, md5) for file, md5 in getattr(cls, "resources", [])):
             if file.exists() and not datasets.utils.check_integrity(file, md5):
                 fail(f"{file} is corrupt (wrong MD5): delete it and run again to fetch it anew")
-        try:
-            parts = [cls(folder, part, download=True) for part in (("train", "test") if name == "celeba" else (True, False))]
-        except Exception as error:  # torchvision raises many kinds: no network, no permission, a damaged file
-            fail(f"{name} is not in {folder} and could not be fetched, or is damaged there ({error})")
+        for last in (False, True):
+            try:
+                parts = [cls(folder, p, download=True) for p in (("train", "test") if name == "celeba" else (True, False))]
+                break
+            except Exception as error:  # torchvision raises many kinds: no network, no permission, a damaged file
+                last and fail(f"{name} is not in {folder} and could not be fetched, or is damaged there ({error})")
+                time.sleep(2)  # another run may just be unpacking it
         parts = [(read_pictures([folder / "celeba/img_align_celeba" / f for f in p.filename[:limit]], size or 64), None)
                  if name == "celeba" else (torch.as_tensor(p.data), torch.as_tensor(p.targets)) for p in parts]
 
@@ -210,11 +211,10 @@ class Run:
                       f"{(cpu or [platform.processor()])[0]}, {torch.get_num_threads()} threads", "params": params,
                       "torch": torch.__version__, "commit": git[0], "dirty": bool(git[1])}
         self.wandb = self._start_wandb(file, checkpoint) if config.wandb else None
-        versions = {"numpy": np.__version__, "python": platform.python_version(), "platform": platform.platform()}
-        write(self.dir / "config.json", {"config": asdict(config), **self.facts, **versions, "id": self.at["id"]})
+        write(self.dir / "config.json", {"config": asdict(config), **self.facts, "id": self.at["id"],
+                                         "python": sys.version, "numpy": np.__version__})
         self.summarize("running")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._interrupt)
+        signal.signal(signal.SIGINT, self._interrupt), signal.signal(signal.SIGTERM, self._interrupt)
 
     def _start_wandb(self, file, checkpoint):
         try:

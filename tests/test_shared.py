@@ -1,6 +1,7 @@
 """The shared instruments against independent computations, the data and its splits, and the files of a run."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -175,3 +176,11 @@ def test_write_is_all_or_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError):
         shared.write(path, lambda temporary: (temporary.write_text("half"), 1 / 0))
     assert json.loads(path.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_runs_that_start_together_share_one_unpacked_dataset(tmp_path):
+    shutil.copytree(ROOT / "data/MNIST/raw", tmp_path / "MNIST/raw", ignore=shutil.ignore_patterns("*ubyte"))
+    code = f"import shared; print(len(shared.load_images('mnist', {str(tmp_path)!r})[0]))"
+    runs = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE)
+            for _ in range(2)]
+    assert [run.communicate()[0].split()[-1:] for run in runs] == [[b"60000"]] * 2
