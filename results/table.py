@@ -88,7 +88,8 @@ def tables(found):
                 if row not in ("train", "perf"):
                     lines.setdefault(row, {})[metric] = cell(metric, [s[key] for s in runs if key in s])
             for row, cells in sorted(lines.items(), key=lambda line: line[0] != "eval"):
-                line = [ROWS.get(row, row if row != "eval" else setting), f"{dataset} {split}", str(len(runs))], cells
+                n = sum(any(key.startswith(f"{row}/") for key in s) for s in runs)
+                line = [ROWS.get(row, row if row != "eval" else setting), f"{dataset} {split}", str(n)], cells
                 repeated = any(cells.items() <= other.items() for name, other in lines.items() if name != row)
                 if line not in rows and not repeated:
                     rows.append(line)
