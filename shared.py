@@ -18,8 +18,8 @@ except ImportError:  # a plain line now and then will do
 
 ROOT = Path(__file__).resolve().parent
 FREE_ON_RESUME = {"resume", "epochs", "device", "data_dir", "wandb", "eval_every", "eval_weights"}  # all else must agree
-seed_everything = torch.manual_seed  # of all devices; nothing here draws from numpy's or Python's global generators
 NO_SETTING = FREE_ON_RESUME - {"eval_weights"} | {"seed", "dataset", "split", "out_dir", "run_name", "matmul", "references"}
+seed_everything = torch.manual_seed  # of all devices; nothing here draws from numpy's or Python's global generators
 
 def fail(message, code=2):
     """One clear line on stderr and exit code 2: for all that a user can get wrong."""

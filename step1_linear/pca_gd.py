@@ -10,8 +10,8 @@ Both are solved by every orthonormal basis of the k leading eigenvectors. The co
     variance problem is CᵀC = I + Λ/2ρ: the exact subspace, but columns that are too long, so that XCCᵀ overshoots, the
     more the smaller ρ; one QR at the end mends it;
   - or exactly, by a QR after each step. For the variance problem that is C ← qr((I + 2ηΣ)C): a large step η turns
-    gradient descent into subspace iteration, C ← qr(ΣC). With η = 1/λ₁, where I is not negligible, it needs thousands
-    of steps, since λ₅₀ − λ₅₁ is only 0.0003 λ₁ on MNIST.
+    gradient descent into subspace iteration, C ← qr(ΣC). With η = 1/λ₁, where I is not negligible, thousands of steps are
+    not enough on MNIST, whose λ₅₀ and λ₅₁ nearly agree.
 Only Σ matters: a step costs d²k multiply-accumulates whatever n is.
 
     python step1_linear/pca_gd.py                          # MNIST, k = 50: 1.3 minutes on two CPU cores
@@ -215,7 +215,8 @@ def main(config):
         "|MSE / optimum − 1|": {name: (list(t), [abs(r - 1) + 1e-12 for _, r in t.values()], styles[name]) for name, t in
                                 traces.items()}},
         "gradient steps", f"PCA by gradient descent, {config.dataset}, k = {k}", yscale="log", xscale="log")
-    [axes.get_legend().remove() for axes in figure.axes]
+    for axes in figure.axes:
+        axes.get_legend().remove()
     figure.legend(handles=figure.axes[0].get_lines(), loc="outside lower center", ncols=3)
     run.picture("convergence", figure)
     run.picture("toys", figure_toys())
