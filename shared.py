@@ -10,16 +10,15 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import cross_entropy, interpolate, one_hot, pad
-
 try:
     from tqdm import tqdm
 except ImportError:  # a plain line now and then will do
     tqdm = None
 
 ROOT = Path(__file__).resolve().parent
+TOYS = ("swiss_roll", "sine_sheet")
 FREE_ON_RESUME = {"resume", "epochs", "device", "data_dir", "wandb", "eval_every", "eval_weights"}  # all else must agree
 NO_SETTING = FREE_ON_RESUME - {"eval_weights"} | {"seed", "dataset", "split", "out_dir", "run_name", "matmul", "references"}
-seed_everything = torch.manual_seed  # of all devices; nothing here draws from numpy's or Python's global generators
 
 def fail(message, code=2):
     """One clear line on stderr and exit code 2: for all that a user can get wrong."""
@@ -36,42 +35,40 @@ class Protocol:
     device: str = option("auto", "auto takes cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     data_dir: str = option(str(ROOT / "data"), "folder of the datasets, laid out as torchvision does")
     dataset: str = option("mnist", "mnist, fashion_mnist, cifar10, celeba or folder:PATH (your own pictures)")
-    split: str = option("dw", "dw: official test images (different writers); sw: a sixth of the training images (same "
-                        "writers); val: another sixth, to choose hyperparameters on", choices=("dw", "sw", "val"))
+    split: str = option("dw", "test on dw: the official images; sw: a sixth of the training images; val: another sixth, "
+                        "to choose hyperparameters", ("dw", "sw", "val"))
     out_dir: str = option(os.path.relpath(ROOT / "runs"), "a run is written to OUT_DIR/<experiment>/<run-name>")
     run_name: str = option("", "name of the run (default: time and seed)")
     wandb: bool = option(False, "mirror the run to Weights & Biases (WANDB_MODE=offline works too)")
     smoke: bool = option(False, "a tiny subset and a few steps through the whole path, in seconds")
     matmul: str = option("auto", "fp32 products; auto: medium if as exact, else highest", ("auto", "highest", "medium"))
+    recipes = {}  # no field: {value of setup: {field: default}}
 
 def parse_config(Config, argv=None):
-    """Command line → Config; under --resume, the checkpoint's config is the default. Bad input: one line, exit 2."""
+    """Command line → Config; the defaults are --resume's, else Config.recipes[setup]'s. Bad input: one line, exit 2."""
     parser = argparse.ArgumentParser(None, None, sys.modules[Config.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     flags = {f.name: "--" + f.name.replace("_", "-") for f in fields(Config)}
     for f in fields(Config):
         text = (f.metadata["help"] + f" (default: {f.default})" * (f.default != "")).replace("%", "%%")
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {
-            "type": os.path.abspath if f.name == "data_dir" else type(f.default), "choices": f.metadata["choices"],
-            "metavar": "|".join(f.metadata["choices"] or [f.name.upper()])}
+        first = f.default[0] if (several := isinstance(f.default, tuple)) else f.default
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(first, bool) else {
+            "type": os.path.abspath if f.name == "data_dir" else type(first), "choices": f.metadata["choices"],
+            "metavar": "|".join(f.metadata["choices"] or [f.name.upper()]), "nargs": "+" if several else None}
         parser.add_argument(flags[f.name], default=argparse.SUPPRESS, help=text, **kind)
-    given = vars(parser.parse_args(argv))
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in vars(parser.parse_args(argv)).items()}
     if given.get("resume"):
         saved, file = (load_checkpoint(given["resume"], Config)[key] for key in ("config", "file"))
         file == "checkpoint.pt" or fail(f"{given['resume']} holds a trained model, not the checkpoint of a run")
         for key in (key for key in given.keys() - FREE_ON_RESUME if given[key] not in (saved[key], "auto")):
             fail(f"{given['resume']} was trained with {flags[key]} {saved[key]}, not {given[key]}")
         given = saved | given
+    given = Config.recipes.get(given.get("setup"), {}) | given
     for f, low, high in ((f, f.metadata["low"], f.metadata["high"]) for f in fields(Config)):
-        if low is not None and not low <= given.get(f.name, f.default) <= high:  # NaN too
-            fail(f"{flags[f.name]} {given[f.name]}: must be at least {low}" + f", at most {high}" * (high < 1e300))
+        for value in np.atleast_1d(given.get(f.name, f.default)) if low is not None else ():
+            low <= value <= high or fail(f"{flags[f.name]} {value}: must be at least {low}" + f", at most {high}" * (high < 1e300))
     return Config(**given)
-
-def pick_device(name="auto"):
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(kind for kind in have if have[kind]) if name == "auto" else name
-    return torch.device(name) if have.get(name) else fail(f"--device {name}: there is no such device here")
 
 def probe_matmul(device):
     """'medium' where it keeps fp32 accuracy (CPUs where it only picks another library), 'highest' where it rounds."""
@@ -82,8 +79,10 @@ def probe_matmul(device):
 
 def setup(config):
     """Seeds, resolves --matmul auto in the config, makes a CPU fast; returns the torch.device."""
-    seed_everything(config.seed)
-    device = pick_device(config.device)
+    torch.manual_seed(config.seed)  # of all devices; nothing here draws from numpy's or Python's global generators
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(kind for kind in have if have[kind]) if config.device == "auto" else config.device
+    device = torch.device(name) if have[name] else fail(f"--device {name}: there is no such device here")
     if platform.libc_ver()[0] == "glibc":  # keep freed tensors in the process: no page faults in the inner loop
         ctypes.CDLL(None).mallopt(-3, 1 << 30), ctypes.CDLL(None).mallopt(-1, 1 << 30)  # M_MMAP_, M_TRIM_THRESHOLD
     config.matmul = probe_matmul(device) if config.matmul == "auto" else config.matmul
@@ -92,9 +91,8 @@ def setup(config):
 
 def load_images(name, data_dir=ROOT / "data", split="dw", device="cpu", size=None, limit=None):
     """x_train, y_train, x_test, y_test: images (N, C, H, W) in [0, 1] and labels (N,), or None, on the device.
-    split: dw is the official one; sw holds out a sixth of the training images, val another sixth, on which sw trains;
-    always the same shuffle. A folder's dw is its sw. size: of the square images, by default their own, or 64 for celeba
-    and folder:PATH. limit: only so many training images, and half as many for test."""
+    split: sw holds out a sixth of the training images, val another sixth, always the same; a folder's dw is its sw.
+    size: of the square images (default: their own, or 64). limit: so many training images, half as many for test."""
     from torchvision import datasets
     classes = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "celeba": "CelebA"}
     cls, folder = getattr(datasets, classes.get(name, ""), None), Path(data_dir)
@@ -131,6 +129,18 @@ def load_images(name, data_dir=ROOT / "data", split="dw", device="cpu", size=Non
         result += [x, None if y is None else y[:n].to(device)]
     return result
 
+def load_vectors(config, device):
+    """For linear maps: x_train (N, d), y_train, x_test, y_test and the shape of an image. The toys have no labels."""
+    if config.dataset not in TOYS:
+        x, y, u, v = load_images(config.dataset, config.data_dir, config.split, device, None, 2000 * config.smoke or None)
+        return x.flatten(1), y, u.flatten(1), v, x.shape[1:]
+    rng, roll = np.random.default_rng(0), config.dataset == "swiss_roll"
+    u, v = rng.uniform(size=(2, 5000))
+    t = np.pi * (1.5 + 3 * u if roll else 4 * u - 2)
+    points = [t * np.cos(t), 21 * v, t * np.sin(t)] if roll else [t, 6 * v, np.sin(t)]
+    x = torch.tensor(np.stack(points, 1) + rng.normal(0, 0.1, (5000, 3))).float().to(device)
+    return x[:4000], None, x[4000:], None, None
+
 def read_pictures(paths, size):
     """Decode, crop to the central square and resize: uint8 (N, size, size, 3), or (…, 1) if all are grey."""
     from PIL import Image, ImageOps
@@ -145,8 +155,7 @@ def read_pictures(paths, size):
 
 def batches(n, size, generator, skip=0):
     """Indices of one epoch's shuffled batches on the generator's device; the last, partial batch is dropped."""
-    order = torch.randperm(n, device=generator.device, generator=generator)
-    yield from order[:n - n % size].view(-1, size)[skip:]
+    yield from torch.randperm(n, device=generator.device, generator=generator)[:n - n % size].view(-1, size)[skip:]
 
 def in_chunks(function, x, size=2000):
     """function(x), computed chunk by chunk without gradients."""
@@ -177,8 +186,7 @@ def load_checkpoint(path, Config):
 
 class Run:
     """A run's folder with all its files (see README), progress bar, answer to Ctrl-C and NaN, and mirror in W&B.
-    params: number of trainable parameters; unit: what is counted along the run, 'epoch' or 'step'.
-    Given the checkpoint of config.resume, the run goes on in that folder; `done` units are behind it."""
+    params: number of trainable parameters; unit: 'epoch' or 'step'. Given a checkpoint, the run goes on in its folder."""
     done, rows = property(lambda self: self.at["done"]), property(lambda self: self.at["rows"])
 
     def __init__(self, config, device, params, checkpoint=None, unit="epoch"):
@@ -221,15 +229,13 @@ class Run:
             import wandb
             if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
                 raise RuntimeError("nobody is logged in: run 'wandb login' first, or set WANDB_MODE=offline")
-            return wandb.init(project="alae", group=file.stem, job_type=file.parent.name, name=self.dir.name,
-                              tags=[self.config.dataset, self.config.split], id=self.at["id"], resume="allow",
-                              config=asdict(self.config))
+            return wandb.init(project="alae", group=file.stem, job_type=file.parent.name, name=self.dir.name, id=self.at["id"],
+                              resume="allow", tags=[self.config.dataset, self.config.split], config=asdict(self.config))
         except Exception as error:  # not installed, nobody logged in, no network
             checkpoint or self.dir.rmdir()
             fail(f"--wandb: {error}")
 
-    def _mirror(self, function):
-        """W&B never stops a training: after its first failure it is left alone."""
+    def _mirror(self, function):  # W&B never stops a training: after its first failure it is left alone
         try:
             self.wandb and function(self.wandb)
         except Exception as error:
@@ -254,13 +260,11 @@ class Run:
             print(f"step {n} of {steps}, loss {self.finite(loss):.4g}", flush=True)
 
     def finite(self, loss):
-        if not np.isfinite(loss := float(loss)):
-            self._abort("diverged", f"the loss became {loss} in {self.unit} {self.done + 1}: stopped", 1)
-        return loss
+        return loss if np.isfinite(loss := float(loss)) else self._abort(
+            "diverged", f"the loss became {loss} after {self.unit} {self.done}: stopped", 1)
 
     def _abort(self, status, message, code):
-        self.bar and self.bar.close()
-        self.summarize(status)
+        self.bar and self.bar.close(), self.summarize(status)
         self._mirror(lambda w: (w.summary.update(self.summary), w.finish(exit_code=code)))
         fail(message, code)
 
@@ -299,8 +303,7 @@ class Run:
 
     def finish(self, **metrics):
         """Add the final metrics to the summary, close the run and print them."""
-        self.bar and self.bar.close()
-        self.summarize("done", **metrics)
+        self.bar and self.bar.close(), self.summarize("done", **metrics)
         self._mirror(lambda w: (w.summary.update(self.summary), w.finish()))
         print(*(f"{k:24s} {v:10.4g}" for k, v in self.summary.items() if k.startswith(("eval/", "perf/"))), sep="\n")
         print(f"{self.dir}: {len(list(self.dir.glob('*.png')))} pictures, {self.summary['wall_s']:.0f} s")
@@ -312,10 +315,9 @@ def recon_mse(x, x_hat):
 @torch.no_grad()
 def knn_accuracy(train, y_train, test, y_test):
     """% right of the nearest neighbour (L2) of each test row (M, d) among the training rows (N, d)."""
-    centre = train.mean(0)  # centred, for the accuracy of ‖a‖² − 2ab
-    train = train - centre
+    train, test = train - (centre := train.mean(0)), test - centre  # for the accuracy of ‖a‖² − 2ab
     norms = train.square().sum(1)
-    nearest = in_chunks(lambda part: torch.addmm(norms, part - centre, train.T, alpha=-2).argmin(1), test, 500)
+    nearest = in_chunks(lambda part: torch.addmm(norms, part, train.T, alpha=-2).argmin(1), test, 500)
     return 100 * (y_train[nearest] == y_test).sum().item() / len(y_test)
 
 @torch.no_grad()
@@ -326,7 +328,6 @@ def svm_accuracy(train, y_train, test, y_test, C=0.02):
     Y = 2 * one_hot(y_train).to(X) - 1  # (N, classes)
     L = torch.linalg.cholesky(torch.eye(X.shape[1], device=X.device) + 2 * C * (X.T @ X))
     v = torch.zeros(X.shape[1], Y.shape[1], device=X.device, requires_grad=True)
-
     def loss():
         w = torch.linalg.solve_triangular(L.T, v, upper=True)
         slack = (1 - Y * (X @ w)).clamp_(min=0)
@@ -343,13 +344,12 @@ def mlp_accuracy(train, y_train, test, y_test, epochs=20, width=128):
         net = nn.Sequential(nn.Linear(train.shape[1], width), nn.ReLU(), nn.Linear(width, int(y_train.max()) + 1))
     optimizer = torch.optim.Adam(net.to(train.device).parameters(), fused=True)
     for i in (i for _ in range(epochs) for i in batches(len(train), min(250, len(train)), generator)):
-        optimizer.zero_grad()
-        cross_entropy(net((train[i] - mean) / std), y_train[i]).backward()
-        optimizer.step()
+        optimizer.zero_grad(), cross_entropy(net((train[i] - mean) / std), y_train[i]).backward(), optimizer.step()
     return 100 * (net((test - mean) / std).argmax(1) == y_test).sum().item() / len(y_test)
 
 def accuracies(kind, *features, prefix="eval"):
     """The contract's accuracies; features: train (N, d), y_train, test (M, d), y_test; kind: short, or long (no MLP)."""
+    len(features[1].unique()) > 1 or fail("all labels are the same: there is nothing to classify")
     methods = {"knn": knn_accuracy, "svm": svm_accuracy} | ({"mlp": mlp_accuracy} if kind == "short" else {})
     return {f"{prefix}/{name}_acc_{kind}": method(*features) for name, method in methods.items()}
 

@@ -31,14 +31,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import numpy as np
 import scipy.linalg
 import torch
 
 import shared
 from shared import option
-
-TOYS = ("swiss_roll", "sine_sheet")
 
 
 @dataclass
@@ -114,19 +111,6 @@ def methods(l1, rho):
             "variance, QR, ηλ₁ = 1": {"loss": variance_loss, "eta": 1 / l1, "momentum": False}}
 
 
-def toy(name, n, seed, noise=0.1):
-    """Toy data (n, 3): the Swiss roll, or a sheet z = sin x with noise, turned by a random rotation."""
-    rng = np.random.default_rng(seed)
-    u, v = rng.uniform(size=(2, n))
-    if name == "swiss_roll":
-        t = 1.5 * np.pi * (1 + 2 * u)
-        points = np.stack([t * np.cos(t), 21 * v, t * np.sin(t)], 1)
-    else:
-        flat = np.stack([4 * np.pi * (u - 0.5), 6 * (v - 0.5), np.sin(4 * np.pi * (u - 0.5))], 1)
-        points = flat @ np.linalg.qr(np.random.default_rng(7).normal(size=(3, 3)))[0]
-    return torch.from_numpy(points + noise * rng.normal(size=(n, 3)))
-
-
 def covariance(x):
     """Mean (d,) and covariance (d, d) of x (n, d)."""
     mean = x.mean(0)
@@ -144,8 +128,8 @@ def figure_toys():
     """Both toys in 3-D with the plane of PCA and that of gradient descent."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 4.2), layout="constrained")
-    for i, name in enumerate(TOYS):
-        x = toy(name, 1500, 0)
+    for i, name in enumerate(shared.TOYS):
+        x = shared.load_vectors(shared.Protocol(dataset=name), "cpu")[0][:1500].double()
         mean, S = covariance(x)
         V, values = analytic(S, 2)
         C = descend(reconstruction_loss, S, 2, 2000, 0.5 / values[0].item())[0]
@@ -165,18 +149,14 @@ def figure_toys():
 def main(config):
     device = shared.setup(config)
     device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
-    if config.dataset in TOYS:
-        x, x_test, shape = toy(config.dataset, 4000, config.seed), toy(config.dataset, 1000, config.seed + 1), None
-    else:
-        x, _, x_test, _ = shared.load_images(config.dataset, config.data_dir, config.split, device)
-        shape = x.shape[1:]
-    x, x_test = (t.flatten(1).double().to(device) for t in (x, x_test))
+    x, _, x_test, _, shape = shared.load_vectors(config, device)
+    x, x_test = x.double(), x_test.double()
     d, k, steps = x.shape[1], config.k, config.steps
     k = min(50, d - 1) if k == -1 else k
     if not 1 <= k < d:
         shared.fail(f"--k {k}: choose 1 to {d - 1}, below the data's dimension")
     if config.smoke:
-        x, x_test, steps = x[:2000], x_test[:500], min(steps, 40)
+        steps = min(steps, 40)
     mean, S = covariance(x)
     if S.trace() < 1e-12:
         shared.fail(f"--dataset {config.dataset}: the images are all the same")

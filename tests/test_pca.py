@@ -1,8 +1,8 @@
 """PCA by gradient descent: identities of the shipped functions."""
 import torch
 
-from pca_gd import (analytic, covariance, descend, largest_angle, methods, orthonormality, reconstruction_loss, toy,
-                    variance_loss)
+import shared
+from pca_gd import analytic, covariance, descend, largest_angle, methods, orthonormality, reconstruction_loss, variance_loss
 
 
 def data(d=20, n=500):
@@ -47,7 +47,7 @@ def test_a_large_step_is_subspace_iteration():
 
 
 def test_no_random_subspace_beats_pca():
-    _, S = covariance(toy("swiss_roll", 300, 0))
+    _, S = covariance(shared.load_vectors(shared.Protocol(dataset="swiss_roll"), "cpu")[0].double())
     best = reconstruction_loss(analytic(S, 2)[0], S)
     for _ in range(50):
         assert reconstruction_loss(torch.linalg.qr(torch.randn(3, 2, dtype=S.dtype))[0], S) >= best
