@@ -192,6 +192,8 @@ def main(config):
     for name, (x, *_) in data.items():
         if max(ks[name]) >= x.shape[1]:
             shared.fail(f"--k {max(ks[name])}: choose 1 to {x.shape[1] - 1} on {name}, below the data's dimension")
+        if (x - x[0]).abs().max() == 0:
+            shared.fail(f"{name}: the images are all the same")
     config.dataset = "+".join(data)
     run = shared.Run(config, device, 0, unit="step")
 

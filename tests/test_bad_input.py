@@ -1,13 +1,17 @@
 """Bad input gets one clear line on stderr and exit code 2, and nothing written before is lost."""
 import gzip
+import runpy
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from PIL import Image
-from conftest import FC_ALAE, ROOT
+from conftest import ENVIRONMENT, FC_ALAE, ROOT
 
-PCA = "step1_linear/pca_gd.py"
+PCA, LINEAR, LR, COMPARE = (f"step1_linear/{name}.py" for name in (
+    "pca_gd", "linear_alae", "linear_latent_regressor", "compare_autoencoders"))
 CASES = [
     (FC_ALAE, ["--nonsense"], "--nonsense"),
     (FC_ALAE, ["--split", "test"], "--split"),
@@ -45,6 +49,24 @@ CASES = [
     (PCA, ["--dataset", "swiss_roll", "--k", "3"], "1 to 2"),
     (PCA, ["--rho", "0"], "--rho"),
     (PCA, ["--steps", "0"], "--steps 0"),
+    (LINEAR, ["--k", "0"], "--k 0"),
+    (LINEAR, ["--k", "784"], "1 to 783"),
+    (LINEAR, ["--batch-size", "60001"], "60000 images"),
+    (LINEAR, ["--critic", "cubic"], "--critic"),
+    (LINEAR, ["--setup", "none"], "--setup"),
+    (LINEAR, ["--gamma", "-1"], "--gamma -1"),
+    (LINEAR, ["--dataset", "folder:{tmp}/grey", "--batch-size", "2"], "all the same"),
+    (LINEAR, ["--resume", "{tmp}/other.pt"], "checkpoint of pca_gd, not of linear_alae"),
+    (LR, ["--dataset", "swiss_roll", "--k", "3"], "1 to 2"),
+    (LR, ["--batch-size", "60001"], "60000 images"),
+    (LR, ["--dataset", "folder:{tmp}/grey", "--batch-size", "2"], "all the same"),
+    (LR, ["--resume", "{tmp}/other.pt"], "checkpoint of pca_gd"),
+    (COMPARE, ["--k", "10", "784"], "1 to 783"),
+    (COMPARE, ["--k", "10", "0"], "--k 0"),
+    (COMPARE, ["--methods", "pca", "svd"], "--methods"),
+    (COMPARE, ["--datasets", "mnist", "imagenet"], "unknown"),
+    (COMPARE, ["--datasets", "folder:{tmp}/grey"], "all the same"),
+    (COMPARE, ["--data-dir", "{tmp}/corrupt"], "MD5"),
     ("results/table.py", ["--collect", "{tmp}/empty"], "no summary.json"),
     ("results/table.py", ["--collect", "{tmp}/half"], "not the summary"),
     ("results/table.py", ["{tmp}/half"], "not the summary"),
@@ -55,7 +77,7 @@ CASES = [
 def assert_refused(done, fragment):
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2, done.stderr
-    assert len(lines) == 1 and fragment in lines[0] and ".py: error: " in lines[0][:30], done.stderr
+    assert len(lines) == 1 and fragment in lines[0] and lines[0].split(" ")[0].endswith(".py:"), done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +87,9 @@ def bad(tmp_path_factory):
     (tmp / "empty").mkdir(), (tmp / "half").mkdir()
     (tmp / "half" / "summary.json").write_text('{"experiment": "train')
     (tmp / "file").write_text("no folder, no checkpoint")
-    (tmp / "broken").mkdir(), (tmp / "damaged").mkdir()
+    (tmp / "broken").mkdir(), (tmp / "damaged").mkdir(), (tmp / "grey").mkdir()
     for i in range(6):
+        Image.new("L", (28, 28), 90).save(tmp / "grey" / f"{i}.png")
         (tmp / "broken" / f"{i}.png").write_bytes(b"no picture")
         Image.new("RGB", (30, 30)).save(tmp / "damaged" / f"{i}.png")
     png = (tmp / "damaged" / "0.png").read_bytes()
@@ -80,10 +103,28 @@ def bad(tmp_path_factory):
     return tmp
 
 
-@pytest.mark.parametrize("file, args, fragment", CASES, ids=[" ".join(args) for _, args, _ in CASES])
-def test_bad_input(file, args, fragment, bad, command, tmp_path):
-    done = command(file, *(arg.format(tmp=bad) for arg in args))
-    assert_refused(done, fragment)
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """As `command`, but in this process, which spares the import of torch; for what ends in SystemExit."""
+    precision = torch.get_float32_matmul_precision()
+
+    def run(file, *args):
+        for key, value in ENVIRONMENT.items():
+            monkeypatch.setenv(key, value)
+        extra = [] if "--out-dir" in args or file.startswith("results") else ["--out-dir", str(tmp_path / "runs")]
+        monkeypatch.setattr(sys, "argv", [str(ROOT / file), *args, *extra])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / file), run_name="__main__")
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(args, stop.value.code, said.out, said.err)
+    yield run
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize("file, args, fragment", CASES, ids=[f"{file} {' '.join(args)}" for file, args, _ in CASES])
+def test_bad_input(file, args, fragment, bad, here, command, tmp_path):
+    run = command if "--wandb" in args else here
+    assert_refused(run(file, *(arg.format(tmp=bad) for arg in args)), fragment)
     assert not list(tmp_path.glob("runs/*/*")), "a run's folder was left"
 
 
@@ -101,3 +142,22 @@ def test_runs_are_never_shared_nor_lost(command, tmp_path):
     assert_refused(command(FC_ALAE, "--resume", checkpoint), "damaged")
     checkpoint.write_bytes(before["checkpoint.pt"])
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_comparison_without_any_data_says_how_to_get_it(here, tmp_path):
+    done = here(COMPARE, "--data-dir", str(tmp_path / "nothing"))
+    assert_refused(done, "none of the datasets")
+    assert "mnist is skipped" in done.stdout and len(done.stdout.splitlines()) == 1 and not (tmp_path / "runs").exists()
+
+
+def test_comparison_passes_on_why_another_file_failed(command, tmp_path):
+    done = command(COMPARE, "--datasets", "sine_sheet", "--methods", "pca", "lr", "--smoke", "--workers", "1", "--run-name", "a",
+                   PYTHONPATH=str(tmp_path / "broken"))
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "sitecustomize.py").write_text(
+        "import sys\nif 'linear_latent_regressor.py' in ' '.join(sys.orig_argv):\n    sys.exit('out of luck')\n")
+    done = command(COMPARE, "--datasets", "sine_sheet", "--methods", "pca", "lr", "--smoke", "--workers", "1", "--run-name", "b",
+                   PYTHONPATH=str(tmp_path / "broken"))
+    assert done.returncode == 1 and "linear LR on sine_sheet, k = 2" in done.stderr and "out of luck" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,286 @@
+"""Linear ALAE, latent regressors and their comparison: the arguments of the docstrings, on the shipped functions."""
+import json
+import os
+import signal
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import compare_autoencoders
+import linear_alae as alae
+import linear_latent_regressor as regressor
+import shared
+
+D, K, NU = 12, 3, 0.2
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def centred(n=400):
+    x = torch.randn(n, D) @ torch.randn(D, D) * torch.linspace(2, 0.3, D)
+    return x - x.mean(0)
+
+
+def whitened(n, k):
+    """Rows whose mean is 0 and whose second moments are exactly I."""
+    z = torch.randn(n, k)
+    return torch.linalg.qr(z - z.mean(0))[0] * n ** 0.5
+
+
+def eigen(x):
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    return values.flip(0), vectors.flip(1)
+
+
+def parts(**options):
+    config = alae.Config(k=K, batch_size=50, init_G=1.0, **options)
+    return config, alae.start(config, D, "cpu")
+
+
+@pytest.mark.parametrize("mapping", ("identity", "linear"))
+def test_a_linear_critic_is_blind_at_zero(mapping):
+    config, p = parts(critic="linear", mapping=mapping)
+    nn.init.zeros_(p["D"][0].weight), nn.init.zeros_(p["D"][0].bias)
+    x = centred()
+    F, G, E = (p["maps"][name] for name in "FGE")
+    losses = alae.L_adv_ED(F, G, E, p["D"], x, whitened(len(x), K), config)
+    sum(losses).backward()
+    assert p["D"][0].weight.grad.abs().max() < 1e-12 and E.grad.abs().max() < 1e-12
+    losses = alae.L_adv_ED(F, G, E, p["D"], x + 1, whitened(len(x), K), config)  # it does see a mean
+    sum(losses).backward()
+    assert p["D"][0].weight.grad.abs().max() > 1e-3
+
+
+def gradients(E, G, A, x, nu=NU):
+    """Largest gradient in each of the three steps, with the tangent of softplus, γ = 0 and exact second moments."""
+    config, p = parts(adversarial="tangent", gamma=0.0, decay=nu * K)
+    with torch.no_grad():
+        p["maps"]["E"].copy_(E), p["maps"]["G"].copy_(G), p["D"].B.copy_(torch.linalg.cholesky(A).T)
+    (F, G, E), critic, z = (p["maps"][name] for name in "FGE"), p["D"], whitened(len(x), K)
+    steps = ((sum(alae.L_adv_ED(F, G, E, critic, x, z, config)), [E, critic.B]),
+             (sum(alae.L_adv_FG(F, G, E, critic, z, config)), [G]), (alae.L_err_EG(F, G, E, z), [E, G]))
+    return [max(g.abs().max().item() for g in torch.autograd.grad(loss, of)) for loss, of in steps]
+
+
+def test_the_three_steps_rest_at_pca_and_not_off_it():
+    x = centred()
+    values, V = eigen(x)
+    top, V1 = values[:K], V[:, :K]
+    E, G, A = torch.diag(top ** -0.5) @ V1.T, V1 @ torch.diag(top ** 0.5), NU * torch.diag(top)
+    turn = torch.linalg.qr(torch.randn(K, K))[0]
+    for R in (torch.eye(K), turn):  # any rotation of w
+        assert max(gradients(R @ E, G @ R.T, R @ A @ R.T, x)) < 1e-10
+    assert gradients(E, G, 2 * A, x)[1] > 1e-3
+    tilted = torch.linalg.qr(V1 + 0.3 * V[:, K:2 * K])[0]
+    S = x.T @ x / len(x)
+    C = torch.linalg.cholesky(tilted.T @ S @ tilted)  # another space, whitened as well, EG = I, the best A and none
+    E, G = torch.linalg.inv(C) @ tilted.T, tilted @ C
+    assert max(gradients(E, G, A, x)) > 1e-2
+    # without the decay and with A = 0 every space is at rest, which is why a quadratic critic is not enough
+    assert max(gradients(E, G, 1e-30 * torch.eye(K), x, nu=0.0)) < 1e-10
+
+
+def test_the_top_eigenspace_attracts_and_another_does_not():
+    """Plain gradient descent on the exact moments from near an eigenspace, in the order of the algorithm."""
+    S = torch.diag(torch.tensor([1.0, 0.8, 0.3, 0.1]))
+    x = whitened(400, 4) @ S.sqrt()
+
+    def angle_after(kept, steps=4000, eta=0.05):
+        config = alae.Config(k=2, adversarial="tangent", gamma=0.0, decay=2 * NU)
+        p = alae.start(config, 4, "cpu")
+        top = S.diagonal()[kept]
+        with torch.no_grad():
+            p["maps"]["E"].zero_(), p["maps"]["G"].zero_(), p["D"].B.copy_((NU * top).sqrt().diag())
+            p["maps"]["E"][[0, 1], kept], p["maps"]["G"][kept, [0, 1]] = top ** -0.5, top ** 0.5
+            p["maps"]["E"].add_(0.01 * torch.randn(2, 4))
+        (F, G, E), critic, z = (p["maps"][name] for name in "FGE"), p["D"], whitened(400, 2)
+        for _ in range(steps):
+            for loss, of in ((lambda: sum(alae.L_adv_ED(F, G, E, critic, x, z, config)), [E, critic.B]),
+                             (lambda: sum(alae.L_adv_FG(F, G, E, critic, z, config)), [G]),
+                             (lambda: alae.L_err_EG(F, G, E, z), [E, G])):
+                for parameter, g in zip(of, torch.autograd.grad(loss(), of)):
+                    parameter.data -= eta * g
+        V = torch.eye(4)[:, kept]
+        return torch.linalg.svdvals(torch.linalg.qr(E.T)[0].T @ V).clamp(max=1).acos().max().item()
+    assert angle_after([0, 1]) < 1e-3
+    assert angle_after([0, 2]) > 0.5
+
+
+@pytest.mark.parametrize("critic", ("linear", "quadratic", "mlp"))
+@pytest.mark.parametrize("penalty", ("r1", "unit"))
+def test_penalty_is_on_the_gradient_for_x(critic, penalty):
+    config, p = parts(critic=critic, penalty=penalty, gamma=3.0)
+    x, (F, G, E) = centred(50).requires_grad_(), (p["maps"][name] for name in "FGE")
+    gradient, = torch.autograd.grad(p["D"](x @ E.T).sum(), x)
+    norm = gradient.norm(dim=1)
+    expected = 1.5 * (norm.square() if penalty == "r1" else (norm - 1).square()).mean()
+    torch.testing.assert_close(alae.L_adv_ED(F, G, E, p["D"], x.detach(), torch.randn(50, K), config)[1], expected)
+
+
+@pytest.mark.parametrize("mapping", ("identity", "linear"))
+def test_which_parameters_each_step_moves(mapping, monkeypatch):
+    config, p = parts(mapping=mapping)
+    named = {**dict(p["maps"].items()), "D": p["D"].B}
+    moved, before = {}, {}
+    for name in ("opt_ED", "opt_FG", "opt_EG"):
+        def step(name=name, real=p[name].step):
+            before = {key: t.detach().clone() for key, t in named.items()}
+            real()
+            moved[name] = {key for key, t in named.items() if not torch.equal(t, before[key])}
+        monkeypatch.setattr(p[name], "step", step)
+    alae.train_step(p, centred(50), config)
+    assert moved == {"opt_ED": {"E", "D"}, "opt_FG": {"F", "G"} if mapping == "linear" else {"G"}, "opt_EG": {"E", "G"}}
+
+
+def test_no_random_maps_beat_pca():
+    x = centred()
+    S, (_, V) = x.T @ x / len(x), eigen(x)
+    best = alae.mse(V[:, :K].T, V[:, :K], S)
+    assert best == pytest.approx((x - x @ V[:, :K] @ V[:, :K].T).square().mean().item())
+    for _ in range(50):
+        E = torch.randn(K, D)
+        G = S @ E.T @ torch.linalg.inv(E @ S @ E.T)  # the best G for this E
+        assert best < alae.mse(E, G, S) < alae.mse(E, G + 0.1 * torch.randn(D, K), S)
+
+
+def test_only_the_joint_regressor_tells_G_about_E():
+    def G_after(joint, weight=0.25):
+        torch.manual_seed(1)
+        config = regressor.Config(k=K, joint=joint, joint_weight=weight)
+        p = regressor.start(config, D, "cpu")
+        with torch.no_grad():
+            p["maps"]["E"].mul_(0 if other else 1)
+        regressor.train_step(p, centred(64), config)
+        return p["maps"]["G"].grad
+    found = {}
+    for other in (False, True):
+        found[other] = [G_after(False), G_after(True, 0.0), G_after(True), G_after(True, 0.5)]
+    assert torch.equal(found[False][0], found[True][0]) and torch.equal(found[False][0], found[False][1])
+    assert not torch.equal(found[False][2], found[True][2])
+    quarter, half = (g - found[False][0] for g in found[False][2:])
+    torch.testing.assert_close(half, 2 * quarter)
+
+
+def test_the_critics_best_answer_turns_G_back_to_pca():
+    """The docstring's argument: A_ab = (Σ − GGᵀ)_ab / 4γ(λ_a + λ_b) is D's optimum against R1, and its force on G."""
+    gamma, S = 0.7, torch.diag(torch.tensor([3.0, 1.0, 0.4]))
+    z, x, eps = whitened(300, 1), whitened(300, 3) @ S.sqrt(), 1e-4
+    G = torch.tensor([[3.0 ** 0.5], [eps], [0.0]])
+    values = S.diagonal()
+    A = ((S - G @ G.T) / (4 * gamma * (values[:, None] + values))).requires_grad_()
+    assert A[1, 1].item() == pytest.approx(1 / (8 * gamma), rel=1e-3)
+    fake = z @ G.T
+    loss = ((fake @ A * fake).sum(1).mean() - (x @ A * x).sum(1).mean()) / 2 + gamma / 2 * (2 * x @ A).square().sum(1).mean()
+    gradient, = torch.autograd.grad(loss, A)
+    assert (gradient + gradient.T).abs().max() < 1e-9
+    force = (A.detach() @ G)[1, 0].item()  # −∂/∂G of ½(−E D(Gz))
+    assert force == pytest.approx(-eps / (8 * gamma) * (3 - 1) / (3 + 1), rel=1e-3)
+
+
+@pytest.mark.parametrize("file, more", (("linear_alae.py", ["--steps", "2500"]), ("linear_latent_regressor.py", []),
+                                        ("linear_latent_regressor.py", ["--joint"])))
+def test_each_finds_pca_on_toy_data(file, more, command, tmp_path):
+    done = command(f"step1_linear/{file}", "--dataset", "sine_sheet", "--k", "2", "--batch-size", "200", "--run-name", "toy", *more)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "runs" / file[:-3] / "toy/summary.json").read_text())
+    assert 1 <= summary["eval/ratio_test"] + 1e-3 and summary["eval/ratio_test"] < 1.02
+    assert summary["eval/angle_G"] < 0.1 and summary["eval/angle_E"] < 0.1
+
+
+def test_the_students_setting_does_not(command, tmp_path):
+    done = command("step1_linear/linear_alae.py", "--dataset", "sine_sheet", "--k", "2", "--setup", "seed", "--steps", "2500",
+                   "--lr", "0.003", "--run-name", "toy")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/linear_alae/toy"
+    config = json.loads((folder / "config.json").read_text())["config"]
+    assert config["critic"] == "linear" and config["gamma"] == 10 and config["lr"] == 0.003  # what is given counts
+    assert json.loads((folder / "summary.json").read_text())["eval/ratio_test"] > 1.5
+
+
+@pytest.mark.parametrize("module", (alae, regressor))
+def test_ctrl_c_saves_and_resumes(module, tmp_path, monkeypatch, capsys):
+    torch.set_default_dtype(torch.float32)
+    tick, found = shared.Run.tick, []
+
+    def train(*args):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *args])
+        torch.manual_seed(9)
+        module.main(shared.parse_config(module.Config))
+
+    def tick_then_signal(run, *args):
+        tick(run, *args)
+        if run.at["steps"] == 27:
+            os.kill(os.getpid(), signal.SIGINT)
+    for name in ("straight", "stopped"):
+        if name == "stopped":
+            with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+                patch.setattr(shared.Run, "tick", tick_then_signal)
+                train("--smoke", "--out-dir", str(tmp_path), "--run-name", name)
+            assert stop.value.code == 130
+            train("--resume", str(next(tmp_path.glob(f"*/{name}/checkpoint.pt"))))
+        else:
+            train("--smoke", "--out-dir", str(tmp_path), "--run-name", name)
+        found.append(torch.load(next(tmp_path.glob(f"*/{name}/model.pt")), weights_only=True))
+    assert torch.equal(found[0]["E"], found[1]["E"]) and torch.equal(found[0]["G"], found[1]["G"])
+    assert len(found[1]["run"]["rows"]) == len(found[0]["run"]["rows"])
+
+
+def test_ablation_is_a_table_of_its_own(command, tmp_path):
+    done = command("step1_linear/linear_alae.py", "--smoke", "--ablate", "--run-name", "a")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "runs/linear_alae/a/summary.json").read_text())
+    assert all(summary[f"{name}/seed 0"] > 1 for name in alae.ABLATIONS)
+    assert len({summary[f"{name}/seed 0"] for name in alae.ABLATIONS}) == len(alae.ABLATIONS), "two variants are the same run"
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A smoke run of the comparison, in this process, over a toy, and a dataset that is not there."""
+    out = tmp_path_factory.mktemp("compare")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("http_proxy", "http://127.0.0.1:9"), patch.setenv("https_proxy", "http://127.0.0.1:9")
+        patch.setattr(sys, "argv", [compare_autoencoders.__file__, "--smoke", "--datasets", "mnist", "swiss_roll", "cifar10",
+                                    "--out-dir", str(out), "--run-name", "c", "--methods", "pca", "lr", "ae_l2", "random", "pixels"])
+        compare_autoencoders.main(shared.parse_config(compare_autoencoders.Config))
+    return out / "compare_autoencoders" / "c"
+
+
+def test_comparison_table(compared):
+    summary = json.loads((compared / "summary.json").read_text())
+    lines = [line.strip("|").split("|") for line in (compared / "table.md").read_text().splitlines()]
+    rows = {(line[0].strip(), line[1].strip(), line[2].strip()): line for line in lines[2:]}
+    assert list(rows) == [*(("mnist", "10", m) for m in ("PCA", "linear AE (l2)", "linear LR", "random projection")),
+                          ("mnist", "", "raw pixels"),
+                          *(("swiss_roll", "2", m) for m in ("PCA", "linear AE (l2)", "linear LR", "random projection")),
+                          ("cifar10", "", "absent: the data is not on this machine")]
+    assert summary["absent"] == "cifar10" and summary["dataset"] == "mnist+swiss_roll"
+    assert summary["mnist, k = 10: PCA/ratio_test"] == 1 < summary["mnist, k = 10: linear LR/ratio_test"]
+    assert summary["mnist, k = 10: PCA/orthonormality"] < 1e-6 < 1 < summary["mnist, k = 10: linear AE (l2)/orthonormality"]
+    assert summary["mnist: raw pixels/svm_acc_short"] > summary["mnist, k = 10: random projection/svm_acc_short"] > 15
+    assert rows["mnist", "10", "PCA"][7].strip() == f"{summary['mnist, k = 10: PCA/knn_acc_short']:.2f}"
+    own = json.loads((compared / "runs/linear_latent_regressor/mnist-k10-lr/summary.json").read_text())
+    assert summary["mnist, k = 10: linear LR/mse_test"] == pytest.approx(own["eval/mse_test"], rel=1e-4)
+
+
+def test_measures_of_a_pair_of_maps():
+    x, x_test = centred(), centred()
+    E, G = torch.randn(K, D), torch.randn(D, K)
+    row = compare_autoencoders.measure(E, G, 2.0, x, None, x_test, None)
+    assert row["mse_test"] == pytest.approx((x_test - x_test @ E.T @ G.T).square().mean().item())
+    assert row["ratio_test"] == pytest.approx(row["mse_test"] / 2)
+    assert row["orthonormality"] == pytest.approx((E @ E.T - torch.eye(K)).norm().item() ** 2)
+
+
+def test_one_class_only_gets_a_clear_line(capsys):
+    x, y = torch.randn(20, 3), torch.zeros(20, dtype=torch.long)
+    with pytest.raises(SystemExit) as stop:
+        shared.accuracies("short", x, y, x, y)
+    assert stop.value.code == 2 and "nothing to classify" in capsys.readouterr().err
