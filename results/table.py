@@ -19,7 +19,10 @@ from shared import ROOT, fail, write
 
 NAMES = {"recon_mse": "test MSE", "identity": "identity %", "fid": "LeNet-FID", "mse_train": "train MSE",
          "mse_test": "test MSE, not clipped", "ratio": "train MSE / optimum", "orthonormality": "‖CᵀC − I‖²",
-         "angle": "largest angle, rad", "steps": "steps", "seconds": "seconds"}
+         "ratio_test": "test MSE / PCA's", "pca_mse_train": "PCA's train MSE", "pca_mse_test": "PCA's test MSE",
+         "explained": "variance explained %", "angle": "largest angle, rad", "angle_E": "angle of E, largest, rad",
+         "angle_mean_E": "E, mean", "angle_G": "G, largest", "angle_mean_G": "G, mean", "steps": "steps",
+         "seconds": "seconds"}
 NAMES |= {f"{a}_acc_{b}": f"{label} {b}" for a, label in (("knn", "1-NN"), ("svm", "SVM"), ("mlp", "MLP"))
           for b in ("short", "long")}
 ROWS = {"untrained": "untrained encoder", "pixels": "raw pixels"}
@@ -44,7 +47,8 @@ def read(path):
 
 
 def collect(run):
-    """Copy a finished run's summary to results/<experiment>/<run-name>.json; exit 2 rather than replace another's."""
+    """Copy a finished run's summary, and its table.md if it has one, to results/<experiment>/<run-name>; exit 2 rather than
+    replace another's."""
     summary = read(Path(run, "summary.json"))
     if summary["status"] != "done":
         fail(f"{run}: not finished, but {summary['status']}")
@@ -56,6 +60,8 @@ def collect(run):
     except OSError as error:
         fail(f"cannot write {target}: {error}")
     write(target, summary)
+    if (table := Path(run, "table.md")).exists():  # the comparison's own
+        write(target.with_suffix(".md"), lambda temporary: temporary.write_text(table.read_text()))
     print(target)
 
 
@@ -74,9 +80,10 @@ def cell(metric, values):
 def tables(found):
     """Markdown: one table an experiment, one row a setting, and the commands, times and hardware below it."""
     text = []
-    for experiment in sorted({s["experiment"] for s in found}):
+    kinds = [s["experiment"] + ", ablation" * ("ablate True" in s.get("setting", "")) for s in found]
+    for kind in sorted(set(kinds)):
         groups = {}
-        for s in (s for s in found if s["experiment"] == experiment):
+        for s in (s for s, of in zip(found, kinds) if of == kind):
             unit = "epochs" if "epochs" in s else "steps"
             group = s["dataset"], s["split"], s[unit], f"{s[unit]} {unit}" + (f", {s['setting']}" if s["setting"] else "")
             groups.setdefault(group, {})[s["seed"]] = s
@@ -101,14 +108,14 @@ def tables(found):
                    if any(c in cells for _, cells in rows)]
         lines = [["run", "data", "seeds", *(NAMES.get(c, c) for c in columns)], ["---"] * (3 + len(columns)),
                  *(head + [cells.get(c, "") for c in columns] for head, cells in rows)]
-        text += [f"**{experiment}**", "", *(f"| {' | '.join(line)} |" for line in lines), "", *notes, ""]
+        text += [f"**{kind}**", "", *(f"| {' | '.join(line)} |" for line in lines), "", *notes, ""]
     return "\n".join(text).rstrip() + "\n"
 
 
 def readme(text):
-    """The README with the committed tables between its markers."""
-    return re.sub(r"(<!-- results -->\n).*?(<!-- /results -->)",
-                  lambda m: m[1] + tables(summaries(ROOT / "results")) + m[2], text, flags=re.S)
+    """The README with the committed tables of MNIST between its markers."""
+    found = [s for s in summaries(ROOT / "results") if s["dataset"] == "mnist"]
+    return re.sub(r"(<!-- results -->\n).*?(<!-- /results -->)", lambda m: m[1] + tables(found) + m[2], text, flags=re.S)
 
 
 if __name__ == "__main__":

@@ -145,12 +145,13 @@ def draw(name, models, x, y, mean, shape, results, run):
         if shape:
             rows = [x[:12], *(x[:12] @ E.T @ G.T for E, G in maps.values())]
             run.picture(f"reconstructions_{name}_k{k}", shared.grid(
-                mean.view(shape) + torch.cat(rows).unflatten(1, shape), 12, f"Test images of {name} and their reconstructions, k = {k}",
+                mean.view(shape) + torch.cat(rows).unflatten(1, shape), 12, f"Reconstructions of test images of {name}, k = {k}",
                 ["x", *(METHODS[m].replace(", ", ",\n") for m in maps)]))
-        figure = shared.Figure(figsize=(9, 2.4 * -(-len(maps) // 4)), layout="constrained")
-        for axes, (method, (E, _)) in zip(figure.subplots(-(-len(maps) // 4), 4, squeeze=False).flat, maps.items()):
-            codes = (x[:2000] @ E[:2].T).cpu()
-            dots = axes.scatter(*codes.T, c=(x[:2000, 0] if y is None else y[:2000]).cpu(), s=3, cmap="viridis" if y is None else "tab10")
+        lines = -(-len(maps) // 4)
+        figure = shared.Figure(figsize=(9, 2.4 * lines), layout="constrained")
+        colours = {"c": x[:2000, 0].cpu()} if y is None else {"c": y[:2000].cpu(), "cmap": "tab10"}
+        for axes, (method, (E, _)) in zip(figure.subplots(lines, 4, squeeze=False).flat, maps.items()):
+            dots = axes.scatter(*(x[:2000] @ E[:2].T).T.cpu(), s=3, **colours)
             axes.set(title=METHODS[method], xlabel="code 1", ylabel="code 2")
         figure.colorbar(dots, ax=figure.axes, label="x₁" if y is None else "class")
         for axes in figure.axes[len(maps):-1]:
@@ -160,11 +161,12 @@ def draw(name, models, x, y, mean, shape, results, run):
     axes = (figure := shared.Figure(figsize=(8, 3.6), layout="constrained")).add_subplot()
     for i, (k, maps) in enumerate(models.items()):
         ratios = {METHODS[m]: results[name, k, m]["ratio_test"] for m in maps}
-        bars = axes.bar([j + 0.8 * i / len(models) for j in range(len(ratios))], list(ratios.values()), 0.8 / len(models), label=f"k = {k}")
+        bars = axes.bar([j + 0.8 * i / len(models) for j in range(len(ratios))], list(ratios.values()), 0.8 / len(models),
+                        label=f"k = {k}")
         axes.bar_label(bars, [f"{r:.3f}" for r in ratios.values()], fontsize=7)
     axes.set(yscale="log", ylabel="test MSE / PCA's", title=f"Reconstruction error relative to PCA, {name}")
-    axes.set_xticks([j + 0.4 - 0.4 / len(models) for j in range(len(ratios))], [label.replace(" ", "\n", 1) for label in ratios])
-    axes.legend(), axes.margins(y=0.15)
+    axes.set_xticks([j + 0.4 - 0.4 / len(models) for j in range(len(ratios))], [name.replace(" ", "\n") for name in ratios])
+    axes.legend(), axes.margins(y=0.15), axes.set_ylim(bottom=0.95)
     run.picture(f"error_{name}", figure)
 
 
@@ -173,8 +175,8 @@ def table(results, absent):
     columns = [key for key in COLUMNS if any(key in row for row in results.values())]
     lines = [["data", "k", "method", *(COLUMNS[key] for key in columns)], ["---"] * (3 + len(columns))]
     for (name, k, method), row in results.items():
-        digits = {key: ".2f" if "acc" in key else ".3f" if key == "ratio_test" else ".5f" if row[key] < 1e3 else ".3g" for key in row}
-        lines.append([name, str(k or ""), METHODS[method], *(f"{row[key]:{digits[key]}}" if key in row else "" for key in columns)])
+        cells = {key: f"{value:{'.2f' if 'acc' in key else '.3f' if key == 'ratio_test' else '.5f'}}" for key, value in row.items()}
+        lines.append([name, str(k or ""), METHODS[method], *(cells.get(key, "") for key in columns)])
     lines += [[name, "", "absent: the data is not on this machine", *[""] * len(columns)] for name in absent]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

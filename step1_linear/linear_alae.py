@@ -61,6 +61,7 @@ class Config(shared.Protocol):
     penalty: str = option("r1", "‖∇ₓD‖² (paper) or (‖∇ₓD‖ − 1)² (the student's)", choices=("r1", "unit"))
     gamma: float = option(0.5, "half the weight of the penalty is γ/2 (ours; paper: 10)", low=0)
     decay: float = option(0.5, "kν, with ν/2 ‖G‖² in Step II (ours; paper: 0)", low=0)
+    adams: str = option("steps", "one Adam for each step (ours), or one for (E, D) and one for (F, G) (paper)", ("steps", "nets"))
     mapping: str = option("identity", "F = I, or a learned matrix (paper: an MLP)", choices=("identity", "linear"))
     scale: float = option(0.0, "x is multiplied by this; 0: so that E‖x‖² = k (ours)", low=0)
     init_G: float = option(0.0, "scale of G's initial weights, in units of PyTorch's (ours)", low=0)
@@ -77,7 +78,7 @@ ABLATIONS = {
     "decay / 4": {"decay": 0.125}, "decay × 4": {"decay": 2.0}, "x not scaled": {"scale": 1.0},
     "F learned": {"mapping": "linear"}, "γ = 0": {"gamma": 0.0}, "γ = 10": {"gamma": 10.0}, "γ = 10, (‖∇‖ − 1)²":
     {"gamma": 10.0, "penalty": "unit"}, "tangent of softplus": {"adversarial": "tangent"}, "lr of D × 4": {"lr_critic": 0.004},
-    "lr constant": {"lr_end": 1.0}, "G from PyTorch's init": {"init_G": 1.0}}
+    "lr constant": {"lr_end": 1.0}, "G from PyTorch's init": {"init_G": 1.0}, "Adams as in the paper": {"adams": "nets"}}
 
 
 class Quadratic(nn.Module):
@@ -92,7 +93,7 @@ class Quadratic(nn.Module):
 
 
 def start(config, d, device):
-    """Maps F (k, k), G (d, k), E (k, d), critic D, and the optimizers of the three steps."""
+    """Maps F (k, k), G (d, k), E (k, d), critic D, and the optimizers."""
     k = config.k
     E, G = (nn.Linear(a, b, bias=False).weight.detach() for a, b in ((d, k), (k, d)))
     F = torch.eye(k) if config.mapping == "identity" else nn.Linear(k, k, bias=False).weight.detach()
@@ -104,9 +105,9 @@ def start(config, d, device):
     def adam(*groups):
         return torch.optim.Adam([{"params": list(p), "lr": lr, "first_lr": lr} for p, lr in groups], betas=(0.0, 0.99),
                                 fused=True)
-    return {"maps": maps, "D": D, "opt_ED": adam(([maps["E"]], config.lr), (D.parameters(), config.lr_critic)),
-            "opt_FG": adam(([p for p in (maps["F"], maps["G"]) if p.requires_grad], config.lr)),
-            "opt_EG": adam(([maps["E"], maps["G"]], config.lr))}
+    parts = {"maps": maps, "D": D, "opt_ED": adam(([maps["E"]], config.lr), (D.parameters(), config.lr_critic)),
+             "opt_FG": adam(([p for p in (maps["F"], maps["G"]) if p.requires_grad], config.lr))}
+    return parts if config.adams == "nets" else parts | {"opt_EG": adam(([maps["E"], maps["G"]], config.lr))}
 
 
 def tangent(x):
@@ -153,9 +154,12 @@ def train_step(parts, x, config):
     parts["opt_FG"].step()
 
     err_EG = L_err_EG(F, G, E, z[2])
-    parts["opt_EG"].zero_grad()
+    optimizers = [parts["opt_EG"]] if "opt_EG" in parts else [parts["opt_ED"], parts["opt_FG"]]
+    for optimizer in optimizers:
+        optimizer.zero_grad()
     err_EG.backward()
-    parts["opt_EG"].step()
+    for optimizer in optimizers:  # D and F have no gradient
+        optimizer.step()
     return torch.stack([adv_ED, penalty, adv_FG, err_EG]).detach()
 
 
@@ -184,18 +188,20 @@ def mse(E, G, S):
     return ((R @ S) * R).sum().item() / len(S)
 
 
-def evaluate(E, G, data, prefix="eval"):
+def evaluate(E, G, data):
     """Measures of x̂ = mean + G E (x − mean); the ratio's denominator is PCA's MSE on the same images."""
     E, G, P = E.detach().cpu().double(), G.detach().cpu().double(), data.V.T
-    train, test = mse(E, G, data.S), mse(E, G, data.S_test)
-    row = {"mse_train": train, "mse_test": test, "ratio": train / mse(P, data.V, data.S), "ratio_test":
-           test / mse(P, data.V, data.S_test), "explained": 100 * (1 - train * len(P.T) / data.S.trace().item())}
+    row = {"mse_train": mse(E, G, data.S), "mse_test": mse(E, G, data.S_test)}
+    best = {"mse_train": mse(P, data.V, data.S), "mse_test": mse(P, data.V, data.S_test)}
+    row |= {"ratio": row["mse_train"] / best["mse_train"], "ratio_test": row["mse_test"] / best["mse_test"]}
+    row |= {"explained": 100 * (1 - row["mse_train"] * len(data.S) / data.S.trace().item())}  # % of the variance
+    row |= {f"pca_{key}": value for key, value in best.items()}
     for name, W in (("E", E.T), ("G", G)):
         angles = torch.linalg.svdvals(torch.linalg.qr(W)[0].T @ data.V).clamp(max=1).acos()
         row |= {f"angle_{name}": angles.max().item(), f"angle_mean_{name}": angles.mean().item()}
     if data.shape:
         row["recon_mse"] = shared.recon_mse(data.x_test, reconstruct(E, G, data.x_test, data))
-    return {f"{prefix}/{key}": value for key, value in row.items()}
+    return {f"eval/{key}": value for key, value in row.items()}
 
 
 def reconstruct(E, G, x, data):
@@ -235,7 +241,7 @@ def train(config, data, parts, run, first=0, losses=0, total=None):
         return parts["maps"]["E"].detach() * data.scale, parts["maps"]["G"].detach() / data.scale
 
     per_epoch = len(data.x) // config.batch_size
-    groups = [group for name in ("opt_ED", "opt_FG", "opt_EG") for group in parts[name].param_groups]
+    groups = [group for name, part in parts.items() if name.startswith("opt_") for group in part.param_groups]
     for step in range(first + 1, config.steps + 1):
         epoch, done = divmod(step - 1, per_epoch)
         if done == 0 or step == first + 1:
@@ -300,7 +306,7 @@ def main(config):
         E, G = train(config, data, parts, run)
     draw(E, G, data, run)
     run.save("model.pt", E=E.cpu(), G=G.cpu(), mean=data.mean.cpu())
-    run.finish(**evaluate(data.V.T, data.V, data, prefix="PCA"))
+    run.finish()
 
 
 if __name__ == "__main__":

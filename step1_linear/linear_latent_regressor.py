@@ -124,7 +124,10 @@ def mse(E, G, S):
 def evaluate(E, G, V, S, S_test):
     """x̂ = mean + G E (x − mean) against PCA, whose k leading eigenvectors are V (d, k); all in float64."""
     row = {"mse_train": mse(E, G, S), "mse_test": mse(E, G, S_test)}
-    row |= {"ratio": row["mse_train"] / mse(V.T, V, S), "ratio_test": row["mse_test"] / mse(V.T, V, S_test)}
+    best = {"mse_train": mse(V.T, V, S), "mse_test": mse(V.T, V, S_test)}
+    row |= {"ratio": row["mse_train"] / best["mse_train"], "ratio_test": row["mse_test"] / best["mse_test"]}
+    row |= {"explained": 100 * (1 - row["mse_train"] * len(S) / S.trace().item())}  # % of the variance
+    row |= {f"pca_{key}": value for key, value in best.items()}
     for name, W in (("E", E.T), ("G", G)):
         row[f"angle_{name}"] = torch.linalg.svdvals(torch.linalg.qr(W)[0].T @ V).clamp(max=1).acos().max().item()
     return {f"eval/{key}": value for key, value in row.items()}
