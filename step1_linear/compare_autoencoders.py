@@ -101,7 +101,7 @@ def drive(config, run, jobs):
             return
         name, k, method = job
         file, *more = FILES[method]
-        label = f"{name.replace('/', '_')}-k{k}-{method}"
+        label = f"{Path(name).name}-k{k}-{method}"  # of folder:PATH its last part
         command = [sys.executable, Path(__file__).with_name(file), *more, "--smoke" if config.smoke else "--no-smoke"]
         for key, value in {"dataset": name, "k": k, "run-name": label, "out-dir": run.dir / "runs", "seed": config.seed, "split":
                            config.split, "data-dir": config.data_dir, "device": config.device, "matmul": config.matmul}.items():
@@ -140,12 +140,13 @@ def measure(E, G, pca, x, y, x_test, y_test):
 
 
 def draw(name, models, x, y, mean, shape, results, run):
-    """Reconstructions of the same images, errors relative to PCA, and codes; models {k: {method: (E, G)}}."""
+    """Reconstructions of the same images, errors relative to PCA, and codes; models {k: {method: (E, G)}}, results
+    {(k, method): measures}."""
     for k, maps in models.items():
         if shape:
             rows = [x[:12], *(x[:12] @ E.T @ G.T for E, G in maps.values())]
             run.picture(f"reconstructions_{name}_k{k}", shared.grid(
-                mean.view(shape) + torch.cat(rows).unflatten(1, shape), 12, f"Reconstructions of test images of {name}, k = {k}",
+                mean.view(shape) + torch.cat(rows).unflatten(1, shape), len(rows[0]), f"Reconstructions of test images of {name}, k = {k}",
                 ["x", *(METHODS[m].replace(", ", ",\n") for m in maps)]))
         lines = -(-len(maps) // 4)
         figure = shared.Figure(figsize=(9, 2.4 * lines), layout="constrained")
@@ -160,7 +161,7 @@ def draw(name, models, x, y, mean, shape, results, run):
         run.picture(f"codes_{name}_k{k}", figure)
     axes = (figure := shared.Figure(figsize=(8, 3.6), layout="constrained")).add_subplot()
     for i, (k, maps) in enumerate(models.items()):
-        ratios = {METHODS[m]: results[name, k, m]["ratio_test"] for m in maps}
+        ratios = {METHODS[m]: results[k, m]["ratio_test"] for m in maps}
         bars = axes.bar([j + 0.8 * i / len(models) for j in range(len(ratios))], list(ratios.values()), 0.8 / len(models),
                         label=f"k = {k}")
         axes.bar_label(bars, [f"{r:.3f}" for r in ratios.values()], fontsize=7)
@@ -196,10 +197,11 @@ def main(config):
             shared.fail(f"--k {max(ks[name])}: choose 1 to {x.shape[1] - 1} on {name}, below the data's dimension")
         if (x - x[0]).abs().max() == 0:
             shared.fail(f"{name}: the images are all the same")
+    if set(methods := [m for m in METHODS if m in config.methods]) == {"pixels"}:
+        shared.fail("--methods pixels: choose at least one with a code")
     config.dataset = "+".join(data)
     run = shared.Run(config, device, 0, unit="step")
 
-    methods = [m for m in METHODS if m in config.methods]
     found = drive(config, run, [(name, k, m) for m in methods if m in FILES for name in data for k in reversed(ks[name])])
     total = config.steps * sum(len(ks[name]) for name in data) * sum(m.startswith("ae_") for m in methods)
     results, models = {}, {}
@@ -223,8 +225,8 @@ def main(config):
                 run.finite(results[name, k, method]["mse_test"])
         if "pixels" in methods and y is not None:
             results[name, 0, "pixels"] = measure(None, None, None, x, y, x_test, y_test)
-        draw(name, {k: {m: models[name, k, m] for m in methods if m != "pixels"} for k in ks[name]}, x_test, y_test, mean,
-             shape, results, run)
+        draw(Path(name).name, {k: {m: models[name, k, m] for m in methods if m != "pixels"} for k in ks[name]}, x_test, y_test, mean,
+             shape, {(k, m): row for (of, k, m), row in results.items() if of == name}, run)
     text = table(results, absent)
     shared.write(run.dir / "table.md", lambda temporary: temporary.write_text(text))
     run.save("model.pt", maps={f"{name}, k = {k}: {METHODS[m]}": pair for (name, k, m), pair in models.items()})

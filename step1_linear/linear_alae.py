@@ -184,8 +184,8 @@ class Data:
 
 def mse(E, G, S):
     """Mean over images and pixels of (x − GEx)², x centred with covariance S (d, d); E (k, d), G (d, k)."""
-    R = torch.eye(len(S)).to(S) - G @ E
-    return ((R @ S) * R).sum().item() / len(S)
+    ES = E @ S
+    return (S.trace() - 2 * (ES * G.T).sum() + ((G.T @ G) * (ES @ E.T)).sum()).item() / len(S)
 
 
 def evaluate(E, G, data):
@@ -230,7 +230,7 @@ def draw(E, G, data, run):
                                               ["PCA", "span of G,\nits axes", "G, as\nlearned"]))
         x = data.x_test[:12]
         rows = [x, *(reconstruct(*maps, x, data) for maps in ((data.V.T, data.V), (E, G)))]
-        run.picture("reconstructions", shared.grid(torch.cat(rows).unflatten(1, data.shape), 12, title,
+        run.picture("reconstructions", shared.grid(torch.cat(rows).unflatten(1, data.shape), len(x), title,
                                                    ["x", "PCA", "linear\nALAE"]))
 
 

@@ -117,8 +117,8 @@ def train_step(parts, x, config):
 
 def mse(E, G, S):
     """Mean over images and pixels of (x − GEx)², x centred with covariance S (d, d); E (k, d), G (d, k)."""
-    R = torch.eye(len(S)).to(S) - G @ E
-    return ((R @ S) * R).sum().item() / len(S)
+    ES = E @ S
+    return (S.trace() - 2 * (ES * G.T).sum() + ((G.T @ G) * (ES @ E.T)).sum()).item() / len(S)
 
 
 def evaluate(E, G, V, S, S_test):

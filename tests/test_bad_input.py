@@ -64,6 +64,7 @@ CASES = [
     (COMPARE, ["--k", "10", "784"], "1 to 783"),
     (COMPARE, ["--k", "10", "0"], "--k 0"),
     (COMPARE, ["--methods", "pca", "svd"], "--methods"),
+    (COMPARE, ["--methods", "pixels"], "at least one"),
     (COMPARE, ["--datasets", "mnist", "imagenet"], "unknown"),
     (COMPARE, ["--datasets", "folder:{tmp}/grey"], "all the same"),
     (COMPARE, ["--data-dir", "{tmp}/corrupt"], "MD5"),
