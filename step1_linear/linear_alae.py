@@ -280,7 +280,7 @@ def ablate(config, data, device, run):
     axes = (figure := shared.Figure(figsize=(8, 5), layout="constrained")).add_subplot()
     for i, values in enumerate(results.values()):
         axes.plot([max(v - 1, 1e-4) for v in values.values()], [i] * len(values), "o", color="tab:blue", alpha=0.7)
-    axes.set(xscale="log", xlabel="test MSE / PCA's − 1, each seed", yticks=range(len(results)), yticklabels=list(results),
+    axes.set(xscale="log", xlabel="MSE of held-out images / PCA's − 1, at least 0.0001, for each seed", yticks=range(len(results)), yticklabels=list(results),
              title=f"Linear ALAE, {config.dataset} ({config.split}), k = {config.k}, {steps} steps: one thing changed at a time")
     axes.grid(alpha=0.3), axes.invert_yaxis()
     run.picture("ablation", figure)
