@@ -211,10 +211,10 @@ class Run:
         for command in ("git rev-parse HEAD", "git status --porcelain --untracked-files=no"):
             git.append(subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip())
         cpu = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
-        setting = [f"{f.name} {getattr(config, f.name)}" for f in fields(config) if getattr(config, f.name) != f.default]
+        usual = {f.name: f.default for f in fields(config)} | config.recipes.get(getattr(config, "setup", None), {})
+        setting = ", ".join(f"{k} {v}" for k, v in asdict(config).items() if v != usual[k] and k not in NO_SETTING)
         self.facts = {"experiment": file.stem, "run": config.run_name, "dataset": config.dataset, "split": config.split,
-                      "setting": ", ".join(s for s in setting if s.split()[0] not in NO_SETTING), "seed": config.seed,
-                      "command": " && ".join(self.at["commands"]),
+                      "setting": setting, "seed": config.seed, "command": " && ".join(self.at["commands"]),
                       "hardware": torch.cuda.get_device_name() if device.type == "cuda" else
                       f"{(cpu or [platform.processor()])[0]}, {torch.get_num_threads()} threads", "params": params,
                       "torch": torch.__version__, "commit": git[0], "dirty": bool(git[1])}

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared import ROOT, fail, write
 
 NAMES = {"recon_mse": "test MSE", "identity": "identity %", "fid": "LeNet-FID", "mse_train": "train MSE",
-         "mse_test": "test MSE, not clipped", "ratio": "train MSE / optimum", "orthonormality": "‖CᵀC − I‖²",
+         "mse_test": "test MSE, not clipped", "ratio": "train MSE / optimum", "orthonormality": "‖EEᵀ − I‖²",
          "ratio_test": "test MSE / PCA's", "pca_mse_train": "PCA's train MSE", "pca_mse_test": "PCA's test MSE",
          "explained": "variance explained %", "angle": "largest angle, rad", "angle_E": "angle of E, largest, rad",
          "angle_mean_E": "E, mean", "angle_G": "G, largest", "angle_mean_G": "G, mean", "steps": "steps",
@@ -101,14 +101,14 @@ def tables(found):
                 if line not in rows and not repeated:
                     rows.append(line)
             minutes = statistics.fmean(s["wall_s"] for s in runs) / 60
-            notes.append(f"- {setting}, {dataset} {split}: `{runs[0]['command']}`; seeds "
+            notes.append(f"{setting}, {dataset} {split}: `{runs[0]['command']}`; seeds "
                          f"{', '.join(str(s['seed']) for s in runs)}; {minutes:.1f} minutes on {runs[0]['hardware']}; "
                          f"torch {runs[0]['torch']}")
         columns = [c for c in dict.fromkeys([*NAMES, *(m for _, cells in rows for m in cells)])
                    if any(c in cells for _, cells in rows)]
         lines = [["run", "data", "seeds", *(NAMES.get(c, c) for c in columns)], ["---"] * (3 + len(columns)),
                  *(head + [cells.get(c, "") for c in columns] for head, cells in rows)]
-        text += [f"**{kind}**", "", *(f"| {' | '.join(line)} |" for line in lines), "", *notes, ""]
+        text += [f"**{kind}**", "", *(f"| {' | '.join(line)} |" for line in lines), "", "<br>".join(notes), ""]
     return "\n".join(text).rstrip() + "\n"
 
 

@@ -14,7 +14,8 @@ The files named are run as they are, in processes of their own, and their model.
     python step1_linear/compare_autoencoders.py                                    # MNIST, k = 10 and 50
     python step1_linear/compare_autoencoders.py --datasets fashion_mnist swiss_roll sine_sheet
 
-Result to expect: RESULT
+Result to expect (MNIST, seed 0, AMD EPYC, 3.5 minutes on two cores): all but ae_l1 and random within 0.1 % of PCA's test
+MSE at k = 10 and 2.2 % at k = 50, with the same SVM to 0.3 % points; ae_l1 8 and 27 % worse.
 
 Measures: MSE on all training and test images, not clipped; that over PCA's; ‖EEᵀ − I‖², whether E's rows are orthonormal;
 1-NN, linear SVM (C = 0.02) and an MLP on the codes of the training images, % right on those of the test images.
@@ -120,7 +121,9 @@ def drive(config, run, jobs):
             models = dict(zip(jobs, shared.tqdm(found, "the other files", len(jobs)) if shared.tqdm else found))
         except RuntimeError as error:
             pool.shutdown(cancel_futures=True)
-            run.stop or shared.fail(error, 1)
+            if not run.stop:
+                run.summarize("failed")
+                shared.fail(error, 1)
     run.stop and run.leave("start it again")
     return models
 

@@ -21,12 +21,13 @@ Hence x is scaled to the energy of z, E‖x‖² = k, with which λ₁λ_{k+1} <
     python step1_linear/linear_alae.py --setup seed          # the student's setting, which fails
     python step1_linear/linear_alae.py --ablate --split val  # what each ingredient is for, three seeds
 
-Result to expect: RESULT
+Result to expect (MNIST, seeds 0 to 2, AMD EPYC, 36 to 80 s on one core): test MSE over PCA's 1.0000 in each at k = 10,
+1.0004 to 1.008 at k = 20, 1.019 to 1.031 at k = 50; the student's setting 2.06 to 2.16 at k = 10, 5.7 to 5.8 at k = 50.
 
 Deviations from the paper: 1. Linear maps without bias. 2. F = I and the decay ν (above; --mapping linear learns F).
- 3. Each step has an Adam of its own, not one for (E, D) and one for (F, G): their second moments differ by orders.
+ 3. Each step has an Adam of its own. With one for (E, D) and one for (F, G), as in the paper, the ratio ends near 1.6.
  4. The learning rate falls linearly to 1 %: Adam with β₁ = 0 keeps shaking the weights by about lr, and k = 50 comes to
-    rest only as that dies down. D has a smaller one: too fast a critic makes A oscillate, γ = 0.5 damps it (paper: 10).
+    rest only as that dies down. D's is smaller and γ = 0.5, not 10: R1 damps the oscillation of A, too much of it biases.
  5. G starts at 0, so that no direction of w begins with less variance in the data than in the samples, where A turns 0.
 The student's gradient penalty (--penalty unit) was γ/2 (‖∇ₓD‖ − 1)², which holds ‖a‖ at 1 in an arbitrary direction.
 """
@@ -266,7 +267,7 @@ def train(config, data, parts, run, first=0, losses=0, total=None):
 
 
 def ablate(config, data, device, run):
-    """The table of ABLATIONS: test MSE over PCA's in each of three seeds; printed, drawn, and in the summary."""
+    """The table of ABLATIONS: MSE of the held-out images over PCA's in each of three seeds; printed, drawn, in the summary."""
     steps, results = (20 if config.smoke else 3000), {}
     for name, change in ABLATIONS.items():
         for seed in range(config.seed, config.seed + (1 if config.smoke else 3)):
@@ -276,11 +277,12 @@ def ablate(config, data, device, run):
             parts = start(variant, data.x.shape[1], device)
             maps = train(variant, scaled, parts, run, total=3 * len(ABLATIONS) * steps)
             results.setdefault(name, {})[f"seed {seed}"] = evaluate(*maps, data)["eval/ratio_test"]
-            print(f"{name:24s} seed {seed}: {results[name][f'seed {seed}']:.4f}", flush=True)
+        print(f"{name:24s}", *(f"{value:8.4f}" for value in results[name].values()), flush=True)
     axes = (figure := shared.Figure(figsize=(8, 5), layout="constrained")).add_subplot()
     for i, values in enumerate(results.values()):
         axes.plot([max(v - 1, 1e-4) for v in values.values()], [i] * len(values), "o", color="tab:blue", alpha=0.7)
-    axes.set(xscale="log", xlabel="MSE of held-out images / PCA's − 1, at least 0.0001, for each seed", yticks=range(len(results)), yticklabels=list(results),
+    axes.set(xscale="log", xlabel="MSE of held-out images / PCA's − 1, at least 0.0001, for each seed",
+             yticks=range(len(results)), yticklabels=list(results),
              title=f"Linear ALAE, {config.dataset} ({config.split}), k = {config.k}, {steps} steps: one thing changed at a time")
     axes.grid(alpha=0.3), axes.invert_yaxis()
     run.picture("ablation", figure)
