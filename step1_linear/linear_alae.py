@@ -19,7 +19,7 @@ Hence x is scaled to the energy of z, E‖x‖² = k, with which λ₁λ_{k+1} <
 
     python step1_linear/linear_alae.py                       # MNIST, k = 10; --k 50 for 50 components
     python step1_linear/linear_alae.py --setup seed          # the student's setting, which fails
-    python step1_linear/linear_alae.py --ablate --split val  # what each ingredient is for, three seeds
+    python step1_linear/linear_alae.py --ablate --split val  # what each ingredient is for, three seeds: 5 minutes
 
 Result to expect (MNIST, seeds 0 to 2, AMD EPYC, 36 to 80 s on one core): test MSE over PCA's 1.0000 in each at k = 10,
 1.0004 to 1.008 at k = 20, 1.019 to 1.031 at k = 50; the student's setting 2.06 to 2.16 at k = 10, 5.7 to 5.8 at k = 50.
@@ -27,7 +27,7 @@ Result to expect (MNIST, seeds 0 to 2, AMD EPYC, 36 to 80 s on one core): test M
 Deviations from the paper: 1. Linear maps without bias. 2. F = I and the decay ν (above; --mapping linear learns F).
  3. Each step has an Adam of its own. With one for (E, D) and one for (F, G), as in the paper, the ratio ends near 1.6.
  4. The learning rate falls linearly to 1 %: Adam with β₁ = 0 keeps shaking the weights by about lr, and k = 50 comes to
-    rest only as that dies down. D's is smaller and γ = 0.5, not 10: R1 damps the oscillation of A, too much of it biases.
+    rest only as that dies down. D's is smaller, for k = 50. γ = 0.5, not 10: R1 damps the game, too much of it stifles it.
  5. G starts at 0, so that no direction of w begins with less variance in the data than in the samples, where A turns 0.
 The student's gradient penalty (--penalty unit) was γ/2 (‖∇ₓD‖ − 1)², which holds ‖a‖ at 1 in an arbitrary direction.
 """
