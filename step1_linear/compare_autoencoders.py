@@ -66,8 +66,7 @@ def load(config, name, device):
             reason = said.getvalue().strip().split(": error: ")[-1]
     if "could not be fetched" not in reason:
         shared.fail(reason)
-    print(f"{name} is skipped, it is not in {config.data_dir}: run once with a network, or put its archives there "
-          "(--data-dir names the folder)")
+    print(f"{name} is skipped: run once with a network, or put its archives into --data-dir. {reason}")
 
 
 def train_ae(kind, x, k, config, run, label, total):
@@ -95,8 +94,9 @@ def train_ae(kind, x, k, config, run, label, total):
     return E.detach(), G.detach()
 
 
-def drive(config, run, jobs):
-    """Runs the other files for the jobs (dataset, k, method), some at a time. Returns the models {job: (E, G)}."""
+def drive(config, run, jobs, sizes):
+    """Runs the other files for the jobs (dataset, k, method), some at a time; sizes: of the training sets. Returns the
+    models {job: (E, G)}."""
     def one(job):
         if run.stop:
             return
@@ -107,9 +107,13 @@ def drive(config, run, jobs):
         for key, value in {"dataset": name, "k": k, "run-name": label, "out-dir": run.dir / "runs", "seed": config.seed, "split":
                            config.split, "data-dir": config.data_dir, "device": config.device, "matmul": config.matmul}.items():
             command += [f"--{key}", str(value)]
+        if method != "pca_gd" and sizes[name] < 512:
+            command += ["--batch-size", str(sizes[name])]
+        if method == "alae" and k == 2:
+            command += ["--gamma", "0.1"]  # it says why
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.workers))}
         with open(run.dir / f"{label}.log", "w") as log:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {
-                "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.workers))}).returncode
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=threads | os.environ).returncode
         if code:
             last = Path(log.name).read_text().strip().splitlines()[-1:]
             raise RuntimeError(f"{METHODS[method]} on {name}, k = {k}, ended with code {code}: {''.join(last)}")
@@ -134,7 +138,7 @@ def measure(E, G, pca, x, y, x_test, y_test):
     if E is not None:
         mse = {key: sum((part - part @ E.T @ G.T).square().sum().item() for part in t.split(10_000)) / t.numel()
                for key, t in (("mse_train", x), ("mse_test", x_test))}
-        row = mse | {"ratio_test": mse["mse_test"] / pca if pca else 1.0,
+        row = mse | {"ratio_test": mse["mse_test"] / pca,
                      "orthonormality": (E @ E.T - torch.eye(len(E)).to(E)).square().sum().item()}
         x, x_test = x @ E.T, x_test @ E.T
     if y is not None:
@@ -155,7 +159,8 @@ def draw(name, models, x, y, mean, shape, results, run):
         figure = shared.Figure(figsize=(9, 2.4 * lines), layout="constrained")
         colours = {"c": x[:2000, 0].cpu()} if y is None else {"c": y[:2000].cpu(), "cmap": "tab10"}
         for axes, (method, (E, _)) in zip(figure.subplots(lines, 4, squeeze=False).flat, maps.items()):
-            dots = axes.scatter(*(x[:2000] @ E[:2].T).T.cpu(), s=3, **colours)
+            codes = (x[:2000] @ E[:2].T).T.cpu()
+            dots = axes.scatter(codes[0], codes[-1], s=3, **colours)  # k = 1: the diagonal
             axes.set(title=METHODS[method], xlabel="code 1", ylabel="code 2")
         figure.colorbar(dots, ax=figure.axes, label="x₁" if y is None else "class")
         for axes in figure.axes[len(maps):-1]:
@@ -192,28 +197,37 @@ def main(config):
     absent = [name for name in names if data[name] is None]
     data = {name: part for name, part in data.items() if part is not None}
     data or shared.fail("none of the datasets is on this machine")
+    if len({Path(name).name for name in data}) < len(data):
+        shared.fail("--datasets: two folders have the same name")
     if config.smoke:
         config.steps, config.k = min(config.steps, 30), config.k[:1]
     ks = {name: (2,) if name in shared.TOYS else tuple(dict.fromkeys(config.k)) for name in data}
-    for name, (x, *_) in data.items():
-        if max(ks[name]) >= x.shape[1]:
-            shared.fail(f"--k {max(ks[name])}: choose 1 to {x.shape[1] - 1} on {name}, below the data's dimension")
+    axes = {}
+    for name, (x, y, *_) in data.items():
+        if max(ks[name]) >= (most := min(x.shape)):
+            shared.fail(f"--k {max(ks[name])}: choose 1 to {most - 1} on {name}, below the data's dimension")
         if (x - x[0]).abs().max() == 0:
             shared.fail(f"{name}: the images are all the same")
+        centred = (x - x.mean(0)).cpu().double()
+        values, axes[name] = (t.flip(-1) for t in torch.linalg.eigh(centred.T @ centred))
+        if max(ks[name]) >= (rank := int((values > 1e-9 * values[0]).sum())):
+            shared.fail(f"--k {max(ks[name])}: {name} spans only {rank} dimensions, choose less")
+        if y is not None and len(y.unique()) < 2:
+            shared.fail(f"{name}: all labels are the same, there is nothing to classify")
     if set(methods := [m for m in METHODS if m in config.methods]) == {"pixels"}:
         shared.fail("--methods pixels: choose at least one with a code")
     config.dataset = "+".join(data)
     run = shared.Run(config, device, 0, unit="step")
 
-    found = drive(config, run, [(name, k, m) for m in methods if m in FILES for name in data for k in reversed(ks[name])])
+    found = drive(config, run, [(name, k, m) for m in methods if m in FILES for name in data for k in reversed(ks[name])],
+                  {name: len(part[0]) for name, part in data.items()})
     total = config.steps * sum(len(ks[name]) for name in data) * sum(m.startswith("ae_") for m in methods)
     results, models = {}, {}
     for name, (x, y, x_test, y_test, shape) in data.items():
         mean = x.mean(0)
-        x, x_test = x - mean, x_test - mean
-        V = torch.linalg.eigh(x.T.cpu().double() @ x.cpu().double())[1].flip(1).to(x)
+        x, x_test, V = x - mean, x_test - mean, axes[name].to(x)
         for k in ks[name]:
-            pca = measure(V[:, :k].T, V[:, :k], None, x, None, x_test, None)["mse_test"]
+            pca = measure(V[:, :k].T, V[:, :k], 1.0, x, None, x_test, None)["mse_test"]
             for method in (m for m in methods if m != "pixels"):
                 if method in FILES:
                     E, G = (t.to(x) for t in found[name, k, method])
@@ -223,6 +237,7 @@ def main(config):
                     Q = torch.randn(len(V), k, generator=torch.Generator().manual_seed(config.seed))
                     G = V[:, :k] if method == "pca" else torch.linalg.qr(Q)[0].to(x)
                     E = G.T
+                run.stop and run.leave("start it again")
                 models[name, k, method] = E, G
                 results[name, k, method] = measure(E, G, pca, x, y, x_test, y_test)
                 run.finite(results[name, k, method]["mse_test"])

@@ -1,13 +1,13 @@
-"""Linear ALAE: why it fails as one would first write it, and a setting in which it finds PCA.
+"""Linear ALAE: why it fails as one would first write it, and a setting in which it comes to PCA.
 
-F: z → w, G: w → x and E: x → w are matrices, z ~ N(0, I), x (d) is centred with covariance Σ = VΛVᵀ. Algorithm 1 of the
-paper (arXiv 2004.04467), each step on fresh z; new here is the decay in Step II:
+F: z → w, G: w → x and E: x → w are matrices, z ~ N(0, I), x (d) is centred with covariance Σ = VΛVᵀ; ⟨·⟩ is a mean.
+Algorithm 1 of the paper (arXiv 2004.04467), each step on fresh z; new here is the decay in Step II:
 
     I.   E, D   minimise  softplus(D(E G F z)) + softplus(−D(E x)) + γ/2 ‖∇ₓ D(E x)‖²
     II.  F, G   minimise  softplus(−D(E G F z)) + ν/2 ‖G‖²
     III. E, G   minimise  ‖F z − E G F z‖²
 
-A linear critic cannot work. With D(E x) = aᵀx, Step I is convex in a and its gradient at a = 0 is ½(E GFz − E x) = 0: on
+A linear critic D(w) = bᵀw cannot work. Step I is convex in a = Eᵀb and its gradient at a = 0 is ½(⟨GFz⟩ − ⟨x⟩) = 0: on
 centred data the best critic is zero. Step II then has nothing to follow and Step III contains no data: it asks EG = I.
 A quadratic critic D(w) = ‖Bw‖² − c, A = BᵀB, sees covariances, but is not enough: take the slope ½ of softplus at 0, γ = 0
 and F = I. If EΣEᵀ = I, EG = I and A = 0, every gradient vanishes, whatever the k-dimensional space that E looks at.
@@ -15,7 +15,8 @@ The decay ν keeps A from vanishing. Now Step I: A E(GGᵀ − Σ) = 0 gives G =
 Together EΣ = AE/ν: the rows of E span an eigenspace of Σ, A = νΛ there, E = Λ^(−½)Vᵀ whitens, and GE is its projector.
 PCA's is the stable one of these. A turn of eᵢ from eigenvector i inside towards j outside, and of gᵢ, moves by
 (ė, ġ) = ν (λᵢ(λⱼ e − g), λᵢ e − g): it dies out if λᵢ > λⱼ and λᵢλⱼ < 1. If G is faster than E, by r, λᵢλⱼ < r will do.
-Hence x is scaled to the energy of z, E‖x‖² = k, with which λ₁λ_{k+1} < 1 on MNIST at k = 10, 20 and 50.
+Hence x is scaled to the energy of z, ⟨‖x‖²⟩ = k, with which λ₁λ_{k+1} < 1 on MNIST at k = 10, 20 and 50.
+R1 only stretches: GᵀG = Λ(1 − 8γν), EEᵀ its inverse, as long as 8γν < 1; here that is 2/k, so k = 2 wants --gamma 0.1.
 
     python step1_linear/linear_alae.py                       # MNIST, k = 10; --k 50 for 50 components
     python step1_linear/linear_alae.py --setup seed          # the student's setting, which fails
@@ -27,9 +28,10 @@ Result to expect (MNIST, seeds 0 to 2, AMD EPYC, 36 to 80 s on one core): test M
 Deviations from the paper: 1. Linear maps without bias. 2. F = I and the decay ν (above; --mapping linear learns F).
  3. Each step has an Adam of its own. With one for (E, D) and one for (F, G), as in the paper, the ratio ends near 1.6.
  4. The learning rate falls linearly to 1 %: Adam with β₁ = 0 keeps shaking the weights by about lr, and k = 50 comes to
-    rest only as that dies down. D's is smaller, for k = 50. γ = 0.5, not 10: R1 damps the game, too much of it stifles it.
+    rest only as that dies down. D's is smaller, for k = 50. γ = 0.5, not 10: R1 damps the game while 8γν < 1 (above).
  5. G starts at 0, so that no direction of w begins with less variance in the data than in the samples, where A turns 0.
-The student's gradient penalty (--penalty unit) was γ/2 (‖∇ₓD‖ − 1)², which holds ‖a‖ at 1 in an arbitrary direction.
+The student's gradient penalty (--penalty unit) was γ/2 (‖∇ₓD‖ − 1)², which holds ‖a‖ at 1 in an arbitrary direction;
+his z had 32 dimensions at k = 10, here k.
 """
 import dataclasses
 import sys
@@ -60,20 +62,20 @@ class Config(shared.Protocol):
     critic: str = option("quadratic", "D: w → ℝ (ours)", choices=("linear", "quadratic", "mlp"))
     adversarial: str = option("softplus", "softplus (paper), or its tangent x/2", choices=("softplus", "tangent"))
     penalty: str = option("r1", "‖∇ₓD‖² (paper) or (‖∇ₓD‖ − 1)² (the student's)", choices=("r1", "unit"))
-    gamma: float = option(0.5, "half the weight of the penalty is γ/2 (ours; paper: 10)", low=0)
+    gamma: float = option(0.5, "γ/2 times the penalty in Step I (ours; paper: 10)", low=0)
     decay: float = option(0.5, "kν, with ν/2 ‖G‖² in Step II (ours; paper: 0)", low=0)
     adams: str = option("steps", "one Adam for each step (ours), or one for (E, D) and one for (F, G) (paper)", ("steps", "nets"))
     mapping: str = option("identity", "F = I, or a learned matrix (paper: an MLP)", choices=("identity", "linear"))
-    scale: float = option(0.0, "x is multiplied by this; 0: so that E‖x‖² = k (ours)", low=0)
+    scale: float = option(0.0, "x is multiplied by this; 0: so that ⟨‖x‖²⟩ = k (ours)", low=0)
     init_G: float = option(0.0, "scale of G's initial weights, in units of PyTorch's (ours)", low=0)
-    ablate: bool = option(False, "instead of one run, the table of what each ingredient is for")
+    ablate: bool = option(False, "instead of one run, the table of what each ingredient is for, in at most 3,000 steps each")
     eval_every: int = option(400, "steps between evaluations", low=1)
     resume: str = option("", "checkpoint.pt to go on from")
     recipes = {"seed": {"critic": "linear", "penalty": "unit", "gamma": 10.0, "decay": 0.0, "mapping": "linear", "scale": 1.0,
                         "init_G": 1.0, "steps": 4687, "batch_size": 128, "lr": 0.002, "lr_critic": 0.002, "lr_end": 1.0}}
 
 
-# what is changed: {field: value}, each for 3,000 steps
+# what is changed: {field: value}
 ABLATIONS = {
     "recipe": {}, "critic: linear": {"critic": "linear"}, "critic: MLP": {"critic": "mlp"}, "no decay on G": {"decay": 0.0},
     "decay / 4": {"decay": 0.125}, "decay × 4": {"decay": 2.0}, "x not scaled": {"scale": 1.0},
@@ -122,8 +124,8 @@ def L_adv_ED(F, G, E, D, x, z, config):
     w, w_fake = x @ E.T, z @ (E @ (G @ F).detach()).T  # (B, k); E(G(F(z))) without an x in between
     real = D(w)
     v, = torch.autograd.grad(real.sum(), w, create_graph=True)
-    norm = ((v @ (E @ E.T)) * v).sum(1)  # ∇ₓ D(E x) = Eᵀv
-    penalty = norm if config.penalty == "r1" else ((norm + 1e-12).sqrt() - 1).square()
+    squared = ((v @ (E @ E.T)) * v).sum(1)  # ∇ₓ D(E x) = Eᵀv
+    penalty = squared if config.penalty == "r1" else ((squared + 1e-12).sqrt() - 1).square()
     return f(D(w_fake)).mean() + f(-real).mean(), config.gamma / 2 * penalty.mean()
 
 
@@ -169,8 +171,8 @@ class Data:
 
     def __init__(self, config, device):
         x, _, self.x_test, _, self.shape = shared.load_vectors(config, device)
-        if config.k >= x.shape[1]:
-            shared.fail(f"--k {config.k}: choose 1 to {x.shape[1] - 1}, below the data's dimension")
+        if config.k >= (most := min(x.shape)):
+            shared.fail(f"--k {config.k}: choose 1 to {most - 1}, below the data's dimension")
         if config.batch_size > len(x):
             shared.fail(f"--batch-size {config.batch_size} is larger than the data, {len(x)} images")
         self.mean = x.mean(0)
@@ -180,7 +182,10 @@ class Data:
         self.scale = config.scale or (config.k / energy) ** 0.5
         self.S, self.S_test = (t.T @ t / len(t) for t in (x.cpu().double(), (self.x_test - self.mean).cpu().double()))
         self.x = x * self.scale
-        self.V = torch.linalg.eigh(self.S)[1].flip(1)[:, :config.k]
+        values, V = torch.linalg.eigh(self.S)
+        if config.k >= (rank := int((values > 1e-9 * values[-1]).sum())):
+            shared.fail(f"--k {config.k}: the data spans only {rank} dimensions, choose less")
+        self.V = V.flip(1)[:, :config.k]
 
 
 def mse(E, G, S):
@@ -214,6 +219,9 @@ def draw(E, G, data, run):
     rows, title = run.rows, f"Linear ALAE, {run.config.dataset}, k = {run.config.k}, {run.config.critic} critic"
     steps = [row["step"] for row in rows]
     run.picture("convergence", shared.curves({
+        "MSE": {label: (steps, [row[f"eval/{key}"] for row in rows], style) for label, key, style in (
+            ("training images", "mse_train", "C0"), ("test images", "mse_test", "C1"), ("PCA, training", "pca_mse_train", "C0--"),
+            ("PCA, test", "pca_mse_test", "C1--"))},
         "MSE / PCA's − 1": {label: (steps, [row[f"eval/{key}"] - 1 for row in rows]) for label, key in (
             ("training images", "ratio"), ("test images", "ratio_test"))},
         "angles to PCA's subspace, rad": {label: (steps, [row[f"eval/{key}"] for row in rows]) for label, key in (
@@ -226,12 +234,12 @@ def draw(E, G, data, run):
         Q = torch.linalg.qr(G)[0]
         Q = Q @ torch.linalg.eigh(Q.T @ data.S @ Q)[1].flip(1)  # turned to the principal axes within the span of G
         Q = Q * (Q * data.V).sum(0).sign()
-        rows = torch.cat([W[:, :n].T for W in (data.V, Q, G)]).unflatten(1, data.shape)
-        run.picture("components", shared.grid(0.5 + rows / (2 * rows.abs().amax((1, 2, 3), keepdim=True)), n, title,
+        maps = torch.cat([W[:, :n].T for W in (data.V, Q, G)]).unflatten(1, data.shape)
+        run.picture("components", shared.grid(0.5 + maps / (2 * maps.abs().amax((1, 2, 3), keepdim=True)), n, title,
                                               ["PCA", "span of G,\nits axes", "G, as\nlearned"]))
         x = data.x_test[:12]
-        rows = [x, *(reconstruct(*maps, x, data) for maps in ((data.V.T, data.V), (E, G)))]
-        run.picture("reconstructions", shared.grid(torch.cat(rows).unflatten(1, data.shape), len(x), title,
+        images = [x, *(reconstruct(*pair, x, data) for pair in ((data.V.T, data.V), (E, G)))]
+        run.picture("reconstructions", shared.grid(torch.cat(images).unflatten(1, data.shape), len(x), title,
                                                    ["x", "PCA", "linear\nALAE"]))
 
 
@@ -268,11 +276,11 @@ def train(config, data, parts, run, first=0, losses=0, total=None):
 
 def ablate(config, data, device, run):
     """The table of ABLATIONS: MSE of the held-out images over PCA's in each of three seeds; printed, drawn, in the summary."""
-    steps, results = (20 if config.smoke else 3000), {}
+    results, steps = {}, config.steps
     for name, change in ABLATIONS.items():
         for seed in range(config.seed, config.seed + (1 if config.smoke else 3)):
             torch.manual_seed(seed)
-            variant = dataclasses.replace(config, **change, seed=seed, steps=steps)
+            variant = dataclasses.replace(config, **change, seed=seed)
             scaled = Data(variant, device) if "scale" in change else data
             parts = start(variant, data.x.shape[1], device)
             maps = train(variant, scaled, parts, run, total=3 * len(ABLATIONS) * steps)
@@ -286,6 +294,7 @@ def ablate(config, data, device, run):
              title=f"Linear ALAE, {config.dataset} ({config.split}), k = {config.k}, {steps} steps: one thing changed at a time")
     axes.grid(alpha=0.3), axes.invert_yaxis()
     run.picture("ablation", figure)
+    run.at["done"] = steps
     run.finish(**{f"{name}/{key}": value for name, row in results.items() for key, value in row.items()})
 
 
@@ -294,6 +303,9 @@ def main(config):
     checkpoint = shared.load_checkpoint(config.resume, Config) if config.resume else None
     if config.smoke:
         config.steps, config.batch_size, config.eval_every = min(config.steps, 60), min(config.batch_size, 200), 20
+    if config.ablate:
+        config.setup == "recipe" or shared.fail("--ablate changes the recipe, not --setup seed")
+        config.steps = min(config.steps, 20 if config.smoke else 3000)
     data = Data(config, device)
     parts = start(config, data.x.shape[1], device)
     run = shared.Run(config, device, sum(p.numel() for name in ("maps", "D") for p in parts[name].parameters()

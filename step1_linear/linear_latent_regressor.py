@@ -1,4 +1,4 @@
-"""Linear latent regressors, LR and joint LR: a GAN of matrices and an encoder that inverts it, and how they find PCA.
+"""Linear latent regressors, LR and joint LR: a GAN of matrices and an encoder that inverts it, and how they come to PCA.
 
 G: z → x, E: x → z are matrices, z ~ N(0, I), x (d) is centred with covariance Σ = VΛVᵀ; D: x → ℝ. As BiGAN's authors
 define them (arXiv 1605.09782 §4), everything updated once per iteration:
@@ -8,7 +8,7 @@ define them (arXiv 1605.09782 §4), everything updated once per iteration:
     E   minimises  ‖z − E G z‖² + ρ ‖E‖²
 
 A linear critic finds nothing in centred data (linear_alae.py says why). A quadratic one, D(x) = xᵀAx + c, compares Σ with
-GGᵀ. Take softplus's slope ½ at 0. Against R1 its best answer is A_ab = (Σ − GGᵀ)_ab / 4γ(λ_a + λ_b) in the eigenbasis.
+GGᵀ. Take softplus's slope ½ at 0. Against R1 the best A is A_ab = (Σ − GGᵀ)_ab / 4γ(λ_a + λ_b) in the eigenbasis.
 At G = VΛ^½ (k leading eigenvectors) A is 1/8γ on each direction j outside, which pulls G there, and 0 inside; but if a
 column of G turns by ε from i to j, A_ij answers, and the net force on ε is −ε/8γ · (λᵢ − λⱼ)/(λᵢ + λⱼ): back, if λᵢ > λⱼ.
 So PCA is what attracts, and as fast for small eigenvalues as for large ones, provided that D answers faster than G moves:
@@ -24,9 +24,9 @@ Result to expect (MNIST, seeds 0 to 2, AMD EPYC, 21 to 62 s on one core): test M
 
 That PCA is the optimum of a linear G against a quadratic critic is due to Feizi et al. (arXiv 1710.10793).
 
-Deviations from the paper: 1. Linear G and E without bias, a quadratic critic of rank 2k + 2k, R1 and z ~ N(0, I) in place
+Deviations from the paper: 1. Linear G and E without bias, a quadratic critic (of rank 4k, not d as above), R1 and z ~ N(0, I) in place
     of weight decay and uniform z. 2. The ridge ρ. 3. A squared error for E instead of a cross-entropy.
- 4. x is scaled to the energy of z, E‖x‖² = k, and the learning rates fall linearly to 1 %.
+ 4. x is scaled to the energy of z, ⟨‖x‖²⟩ = k, and the learning rates fall linearly to 1 %.
 """
 import sys
 from dataclasses import dataclass
@@ -141,9 +141,12 @@ def draw(E, G, V, S, x, shape, mean, run):
     rows, name = run.rows, "joint LR" if run.config.joint else "LR"
     steps, title = [row["step"] for row in rows], f"Linear {name}, {run.config.dataset}, k = {run.config.k}"
     run.picture("convergence", shared.curves({
+        "MSE": {label: (steps, [row[f"eval/{key}"] for row in rows], style) for label, key, style in (
+            ("training images", "mse_train", "C0"), ("test images", "mse_test", "C1"), ("PCA, training", "pca_mse_train", "C0--"),
+            ("PCA, test", "pca_mse_test", "C1--"))},
         "MSE / PCA's − 1": {label: (steps, [row[f"eval/{key}"] - 1 for row in rows]) for label, key in (
             ("training images", "ratio"), ("test images", "ratio_test"))},
-        "largest angle to PCA's subspace, rad": {label: (steps, [row[f"eval/angle_{label}"] for row in rows])
+        "largest angle to PCA's, rad": {label: (steps, [row[f"eval/angle_{label}"] for row in rows])
                                                  for label in "EG"}}, "steps", title, yscale="log"))
     run.picture("losses", shared.curves({"loss": {key.removeprefix("train/"): (steps[1:], [row[key] for row in rows[1:]])
                                                   for key in LOSSES}}, "steps", title, yscale="log"))
@@ -163,15 +166,18 @@ def main(config):
     if config.smoke:
         config.steps, config.batch_size, config.eval_every = min(config.steps, 60), min(config.batch_size, 200), 20
     x, _, x_test, _, shape = shared.load_vectors(config, device)
-    if config.k >= x.shape[1]:
-        shared.fail(f"--k {config.k}: choose 1 to {x.shape[1] - 1}, below the data's dimension")
+    if config.k >= (most := min(x.shape)):
+        shared.fail(f"--k {config.k}: choose 1 to {most - 1}, below the data's dimension")
     if config.batch_size > len(x):
         shared.fail(f"--batch-size {config.batch_size} is larger than the data, {len(x)} images")
     mean = x.mean(0)
     S, S_test = (t.T @ t / len(t) for t in ((x - mean).cpu().double(), (x_test - mean).cpu().double()))
     if S.trace() < 1e-9:
         shared.fail(f"--dataset {config.dataset}: the images are all the same")
-    V, scale = torch.linalg.eigh(S)[1].flip(1)[:, :config.k], (config.k / S.trace().item()) ** 0.5
+    values, V = torch.linalg.eigh(S)
+    if config.k >= (rank := int((values > 1e-9 * values[-1]).sum())):
+        shared.fail(f"--k {config.k}: the data spans only {rank} dimensions, choose less")
+    V, scale = V.flip(1)[:, :config.k], (config.k / S.trace().item()) ** 0.5
     x = (x - mean) * scale
 
     parts, first, losses = start(config, x.shape[1], device), 0, torch.zeros(len(LOSSES), device=device)

@@ -55,18 +55,23 @@ CASES = [
     (LINEAR, ["--critic", "cubic"], "--critic"),
     (LINEAR, ["--setup", "none"], "--setup"),
     (LINEAR, ["--gamma", "-1"], "--gamma -1"),
-    (LINEAR, ["--dataset", "folder:{tmp}/grey", "--batch-size", "2"], "all the same"),
+    (LINEAR, ["--dataset", "folder:{tmp}/grey", "--batch-size", "2", "--k", "2"], "all the same"),
     (LINEAR, ["--resume", "{tmp}/other.pt"], "checkpoint of pca_gd, not of linear_alae"),
     (LR, ["--dataset", "swiss_roll", "--k", "3"], "1 to 2"),
     (LR, ["--batch-size", "60001"], "60000 images"),
-    (LR, ["--dataset", "folder:{tmp}/grey", "--batch-size", "2"], "all the same"),
+    (LR, ["--dataset", "folder:{tmp}/grey", "--batch-size", "2", "--k", "2"], "all the same"),
     (LR, ["--resume", "{tmp}/other.pt"], "checkpoint of pca_gd"),
     (COMPARE, ["--k", "10", "784"], "1 to 783"),
     (COMPARE, ["--k", "10", "0"], "--k 0"),
     (COMPARE, ["--methods", "pca", "svd"], "--methods"),
     (COMPARE, ["--methods", "pixels"], "at least one"),
+    (COMPARE, ["--datasets", "folder:{tmp}/few", "--k", "5"], "1 to 4 on"),
+    (LINEAR, ["--dataset", "folder:{tmp}/few", "--k", "5", "--batch-size", "2"], "1 to 4"),
+    (LR, ["--dataset", "folder:{tmp}/few", "--k", "5", "--batch-size", "2"], "1 to 4"),
+    (LINEAR, ["--ablate", "--setup", "seed"], "--setup seed"),
+    (COMPARE, ["--datasets", "folder:{tmp}/few", "folder:{tmp}/other/few"], "same name"),
     (COMPARE, ["--datasets", "mnist", "imagenet"], "unknown"),
-    (COMPARE, ["--datasets", "folder:{tmp}/grey"], "all the same"),
+    (COMPARE, ["--datasets", "folder:{tmp}/grey", "--k", "2"], "all the same"),
     (COMPARE, ["--data-dir", "{tmp}/corrupt"], "MD5"),
     ("results/table.py", ["--collect", "{tmp}/empty"], "no summary.json"),
     ("results/table.py", ["--collect", "{tmp}/half"], "not the summary"),
@@ -93,6 +98,10 @@ def bad(tmp_path_factory):
         Image.new("L", (28, 28), 90).save(tmp / "grey" / f"{i}.png")
         (tmp / "broken" / f"{i}.png").write_bytes(b"no picture")
         Image.new("RGB", (30, 30)).save(tmp / "damaged" / f"{i}.png")
+    (tmp / "few").mkdir(), (tmp / "other" / "few").mkdir(parents=True)
+    for i in range(6):
+        for folder in (tmp / "few", tmp / "other" / "few"):
+            Image.effect_noise((8, 8), 50 + i).save(folder / f"{i}.png")
     png = (tmp / "damaged" / "0.png").read_bytes()
     (tmp / "damaged" / "0.png").write_bytes(png.replace(b"IDAT", b"IDAX"))
     shutil.copytree(ROOT / "data/MNIST/raw", tmp / "corrupt/MNIST/raw", ignore=shutil.ignore_patterns("*ubyte"))

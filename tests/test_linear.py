@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import softplus
 
 import compare_autoencoders
 import linear_alae as alae
@@ -22,6 +23,8 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a Run has its own handlers
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def centred(n=400):
@@ -81,11 +84,46 @@ def test_the_three_steps_rest_at_pca_and_not_off_it():
     assert gradients(E, G, 2 * A, x)[1] > 1e-3
     tilted = torch.linalg.qr(V1 + 0.3 * V[:, K:2 * K])[0]
     S = x.T @ x / len(x)
-    C = torch.linalg.cholesky(tilted.T @ S @ tilted)  # another space, whitened as well, EG = I, the best A and none
+    C = torch.linalg.cholesky(tilted.T @ S @ tilted)  # another space, whitened as well: Steps II and III can rest there
     E, G = torch.linalg.inv(C) @ tilted.T, tilted @ C
-    assert max(gradients(E, G, A, x)) > 1e-2
-    # without the decay and with A = 0 every space is at rest, which is why a quadratic critic is not enough
-    assert max(gradients(E, G, 1e-30 * torch.eye(K), x, nu=0.0)) < 1e-10
+    first, second, third = gradients(E, G, NU * C.T @ C, x)
+    assert second < 1e-10 and third < 1e-10 and first > 0.1
+
+
+def test_without_the_decay_every_whitened_space_is_at_rest():
+    x = centred()
+    tilted = torch.linalg.qr(torch.randn(D, K))[0]
+    C = torch.linalg.cholesky(tilted.T @ (x.T @ x / len(x)) @ tilted)
+    for stretch, rests in ((1.0, True), (2.0, False)):
+        E, G = stretch * torch.linalg.inv(C) @ tilted.T, tilted @ C / stretch
+        config, p = parts(adversarial="tangent", gamma=0.0, decay=0.0)
+        nn.init.eye_(p["D"].B)  # its gradient is then twice that for A
+        for t, value in ((p["maps"]["E"], E), (p["maps"]["G"], G)):
+            t.data.copy_(value)
+        (F, G, E), z = (p["maps"][name] for name in "FGE"), whitened(len(x), K)
+        loss = sum(alae.L_adv_ED(F, G, E, p["D"], x, z, config))
+        assert (torch.autograd.grad(loss, p["D"].B)[0].abs().max() < 1e-10) == rests
+        p["D"].B.data.zero_()  # and with A = 0 nothing else has a gradient
+        losses = (sum(alae.L_adv_ED(F, G, E, p["D"], x, z, config)), alae.L_adv_FG(F, G, E, p["D"], z, config)[0],
+                  alae.L_err_EG(F, G, E, z))
+        assert all(g.abs().max() < 1e-10 for loss in losses for g in torch.autograd.grad(loss, [E, G], allow_unused=True)
+                   if g is not None)
+
+
+def test_the_penalty_stretches_the_fixed_point():
+    x, gamma = centred(), 0.1
+    values, V = eigen(x)
+    share = 1 - 8 * gamma * NU
+    top = values[:K] * share
+    config, p = parts(adversarial="tangent", gamma=gamma, decay=NU * K)
+    for t, value in ((p["maps"]["E"], torch.diag(top ** -0.5) @ V[:, :K].T), (p["maps"]["G"], V[:, :K] @ torch.diag(top ** 0.5)),
+                     (p["D"].B, (NU * top).sqrt().diag())):
+        t.data.copy_(value)
+    # whitened data, so that R1 of the sample is γ/2 ⟨‖2EᵀAw‖²⟩ exactly
+    (F, G, E), z = (p["maps"][name] for name in "FGE"), whitened(len(x), K)
+    for loss, of in ((sum(alae.L_adv_ED(F, G, E, p["D"], x, z, config)), [E, p["D"].B]),
+                     (sum(alae.L_adv_FG(F, G, E, p["D"], z, config)), [G]), (alae.L_err_EG(F, G, E, z), [E, G])):
+        assert max(g.abs().max() for g in torch.autograd.grad(loss, of)) < 1e-9
 
 
 def test_the_top_eigenspace_attracts_and_another_does_not():
@@ -152,7 +190,7 @@ def test_no_random_maps_beat_pca():
 
 
 def test_only_the_joint_regressor_tells_G_about_E():
-    def G_after(joint, weight=0.25):
+    def gradient(other, joint, weight=0.25):
         torch.manual_seed(1)
         config = regressor.Config(k=K, joint=joint, joint_weight=weight)
         p = regressor.start(config, D, "cpu")
@@ -160,9 +198,8 @@ def test_only_the_joint_regressor_tells_G_about_E():
             p["maps"]["E"].mul_(0 if other else 1)
         regressor.train_step(p, centred(64), config)
         return p["maps"]["G"].grad
-    found = {}
-    for other in (False, True):
-        found[other] = [G_after(False), G_after(True, 0.0), G_after(True), G_after(True, 0.5)]
+    found = {other: [gradient(other, False), gradient(other, True, 0.0), gradient(other, True), gradient(other, True, 0.5)]
+             for other in (False, True)}
     assert torch.equal(found[False][0], found[True][0]) and torch.equal(found[False][0], found[False][1])
     assert not torch.equal(found[False][2], found[True][2])
     quarter, half = (g - found[False][0] for g in found[False][2:])
@@ -171,28 +208,40 @@ def test_only_the_joint_regressor_tells_G_about_E():
 
 def test_the_critics_best_answer_turns_G_back_to_pca():
     """The docstring's argument: A_ab = (Σ − GGᵀ)_ab / 4γ(λ_a + λ_b) is D's optimum against R1, and its force on G."""
-    gamma, S = 0.7, torch.diag(torch.tensor([3.0, 1.0, 0.4]))
-    z, x, eps = whitened(300, 1), whitened(300, 3) @ S.sqrt(), 1e-4
+    gamma, S = 1e4, torch.diag(torch.tensor([3.0, 1.0, 0.4]))  # A is so small that softplus is its tangent
+    z, x, eps = whitened(300, 1), whitened(300, 3) @ S.sqrt(), 1e-3
     G = torch.tensor([[3.0 ** 0.5], [eps], [0.0]])
     values = S.diagonal()
-    A = ((S - G @ G.T) / (4 * gamma * (values[:, None] + values))).requires_grad_()
+    A = (S - G @ G.T) / (4 * gamma * (values[:, None] + values))
     assert A[1, 1].item() == pytest.approx(1 / (8 * gamma), rel=1e-3)
-    fake = z @ G.T
-    loss = ((fake @ A * fake).sum(1).mean() - (x @ A * x).sum(1).mean()) / 2 + gamma / 2 * (2 * x @ A).square().sum(1).mean()
-    gradient, = torch.autograd.grad(loss, A)
-    assert (gradient + gradient.T).abs().max() < 1e-9
-    force = (A.detach() @ G)[1, 0].item()  # −∂/∂G of ½(−E D(Gz))
-    assert force == pytest.approx(-eps / (8 * gamma) * (3 - 1) / (3 + 1), rel=1e-3)
+    a, U = torch.linalg.eigh(A)
+
+    def critic(stretch):
+        D = regressor.Quadratic(3, 3)
+        D.B1.weight.data, D.B2.weight.data = ((stretch * t.clamp(min=0)).sqrt()[:, None] * U.T for t in (a, -a))
+        return D
+    largest = {}
+    for stretch in (1.0, 1.1):
+        D = critic(stretch)
+        sum(regressor.L_adv_D(G, D, x.clone(), z, gamma)).backward()
+        largest[stretch] = max(D.B1.weight.grad.abs().max(), D.B2.weight.grad.abs().max())
+    assert largest[1.0] < 1e-2 * largest[1.1]
+    G.requires_grad_()
+    softplus(-critic(1.0)(z @ G.T)).mean().backward()
+    assert -G.grad[1, 0].item() == pytest.approx(-eps / (8 * gamma) * (3 - 1) / (3 + 1), rel=1e-2)
 
 
-@pytest.mark.parametrize("file, more", (("linear_alae.py", ["--steps", "2500"]), ("linear_latent_regressor.py", []),
+@pytest.mark.parametrize("file, more", (("linear_alae.py", ["--steps", "4000", "--gamma", "0.1"]), ("linear_latent_regressor.py", []),
                                         ("linear_latent_regressor.py", ["--joint"])))
 def test_each_finds_pca_on_toy_data(file, more, command, tmp_path):
     done = command(f"step1_linear/{file}", "--dataset", "sine_sheet", "--k", "2", "--batch-size", "200", "--run-name", "toy", *more)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs" / file[:-3] / "toy/summary.json").read_text())
-    assert 1 <= summary["eval/ratio_test"] + 1e-3 and summary["eval/ratio_test"] < 1.02
-    assert summary["eval/angle_G"] < 0.1 and summary["eval/angle_E"] < 0.1
+    assert 1 <= summary["eval/ratio"] < 1.05 and summary["eval/angle_G"] < 0.1 and summary["eval/angle_E"] < 0.1
+    model = torch.load(tmp_path / "runs" / file[:-3] / "toy/model.pt", weights_only=True)
+    w = (shared.load_vectors(shared.Protocol(dataset="sine_sheet"), "cpu")[0] - model["mean"]).double() @ model["E"].double().T
+    variances = torch.linalg.eigvalsh(w.T @ w / len(w))
+    assert 0.5 < variances[0] and variances[1] < 2.5, "E whitens the data, up to R1"
 
 
 def test_the_students_setting_does_not(command, tmp_path):
