@@ -141,9 +141,8 @@ def draw(E, G, V, S, x, shape, mean, run):
     rows, name = run.rows, "joint LR" if run.config.joint else "LR"
     steps, title = [row["step"] for row in rows], f"Linear {name}, {run.config.dataset}, k = {run.config.k}"
     run.picture("convergence", shared.curves({
-        "MSE": {label: (steps, [row[f"eval/{key}"] for row in rows], style) for label, key, style in (
-            ("training images", "mse_train", "C0"), ("test images", "mse_test", "C1"), ("PCA, training", "pca_mse_train", "C0--"),
-            ("PCA, test", "pca_mse_test", "C1--"))},
+        "test MSE": {label: (steps, [row[f"eval/{key}"] for row in rows]) for label, key in (
+            (name, "mse_test"), ("PCA", "pca_mse_test"))},
         "MSE / PCA's − 1": {label: (steps, [row[f"eval/{key}"] - 1 for row in rows]) for label, key in (
             ("training images", "ratio"), ("test images", "ratio_test"))},
         "largest angle to PCA's, rad": {label: (steps, [row[f"eval/angle_{label}"] for row in rows])
