@@ -110,7 +110,7 @@ def drive(config, run, jobs, sizes):
         if method != "pca_gd" and sizes[name] < 512:
             command += ["--batch-size", str(sizes[name])]
         if method == "alae" and k == 2:
-            command += ["--gamma", "0.1"]  # it says why
+            command += ["--gamma", "0.1"]  # the default's 8γν is not below 1 there: see linear_alae.py
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.workers))}
         with open(run.dir / f"{label}.log", "w") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=threads | os.environ).returncode
@@ -153,8 +153,8 @@ def draw(name, models, x, y, mean, shape, results, run):
         if shape:
             rows = [x[:12], *(x[:12] @ E.T @ G.T for E, G in maps.values())]
             run.picture(f"reconstructions_{name}_k{k}", shared.grid(
-                mean.view(shape) + torch.cat(rows).unflatten(1, shape), len(rows[0]), f"Reconstructions of test images of {name}, k = {k}",
-                ["x", *(METHODS[m].replace(", ", ",\n") for m in maps)]))
+                mean.view(shape) + torch.cat(rows).unflatten(1, shape), len(rows[0]),
+                f"Reconstructions of test images of {name}, k = {k}", ["x", *(METHODS[m].replace(", ", ",\n") for m in maps)]))
         lines = -(-len(maps) // 4)
         figure = shared.Figure(figsize=(9, 2.4 * lines), layout="constrained")
         colours = {"c": x[:2000, 0].cpu()} if y is None else {"c": y[:2000].cpu(), "cmap": "tab10"}
@@ -243,8 +243,8 @@ def main(config):
                 run.finite(results[name, k, method]["mse_test"])
         if "pixels" in methods and y is not None:
             results[name, 0, "pixels"] = measure(None, None, None, x, y, x_test, y_test)
-        draw(Path(name).name, {k: {m: models[name, k, m] for m in methods if m != "pixels"} for k in ks[name]}, x_test, y_test, mean,
-             shape, {(k, m): row for (of, k, m), row in results.items() if of == name}, run)
+        draw(Path(name).name, {k: {m: models[name, k, m] for m in methods if m != "pixels"} for k in ks[name]}, x_test,
+             y_test, mean, shape, {(k, m): row for (of, k, m), row in results.items() if of == name}, run)
     text = table(results, absent)
     shared.write(run.dir / "table.md", lambda temporary: temporary.write_text(text))
     run.save("model.pt", maps={f"{name}, k = {k}: {METHODS[m]}": pair for (name, k, m), pair in models.items()})

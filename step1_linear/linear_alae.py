@@ -114,7 +114,7 @@ def start(config, d, device):
 
 
 def tangent(x):
-    """softplus near 0, without its constant: its use turns the second moments of x and z into the loss."""
+    """softplus near 0, without its constant: with it a quadratic critic's loss depends on second moments alone."""
     return x / 2
 
 

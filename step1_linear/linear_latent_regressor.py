@@ -11,8 +11,8 @@ A linear critic finds nothing in centred data (linear_alae.py says why). A quadr
 GGᵀ. Take softplus's slope ½ at 0. Against R1 the best A is A_ab = (Σ − GGᵀ)_ab / 4γ(λ_a + λ_b) in the eigenbasis.
 At G = VΛ^½ (k leading eigenvectors) A is 1/8γ on each direction j outside, which pulls G there, and 0 inside; but if a
 column of G turns by ε from i to j, A_ij answers, and the net force on ε is −ε/8γ · (λᵢ − λⱼ)/(λᵢ + λⱼ): back, if λᵢ > λⱼ.
-So PCA is what attracts, and as fast for small eigenvalues as for large ones, provided that D answers faster than G moves:
-hence G's smaller learning rate: with D's, at k = 50 on --split val, LR ends 7 to 14 % above PCA instead of 1 %.
+So PCA is what attracts, as fast for small eigenvalues as for large ones, provided that D answers faster than G moves.
+Hence G's smaller learning rate; with D's, at k = 50 on --split val, LR ends 7 to 14 % above PCA instead of 1 %.
 E only ever sees G z: off the span of G its initial weights would stay. The ridge ρ, which is what noise of variance ρ on
 E's input amounts to, removes them; it shortens E G by at most ρ/λ_k.
 
@@ -24,8 +24,8 @@ Result to expect (MNIST, seeds 0 to 2, AMD EPYC, 21 to 62 s on one core): test M
 
 That PCA is the optimum of a linear G against a quadratic critic is due to Feizi et al. (arXiv 1710.10793).
 
-Deviations from the paper: 1. Linear G and E without bias, a quadratic critic (of rank 4k, not d as above), R1 and z ~ N(0, I) in place
-    of weight decay and uniform z. 2. The ridge ρ. 3. A squared error for E instead of a cross-entropy.
+Deviations from the paper: 1. Linear G and E without bias, a quadratic critic (of rank 4k, not d as above), R1 and
+    z ~ N(0, I) in place of weight decay and uniform z. 2. The ridge ρ. 3. A squared error for E, no cross-entropy.
  4. x is scaled to the energy of z, ⟨‖x‖²⟩ = k, and the learning rates fall linearly to 1 %.
 """
 import sys
@@ -145,8 +145,8 @@ def draw(E, G, V, S, x, shape, mean, run):
             (name, "mse_test"), ("PCA", "pca_mse_test"))},
         "MSE / PCA's − 1": {label: (steps, [row[f"eval/{key}"] - 1 for row in rows]) for label, key in (
             ("training images", "ratio"), ("test images", "ratio_test"))},
-        "largest angle to PCA's, rad": {label: (steps, [row[f"eval/angle_{label}"] for row in rows])
-                                                 for label in "EG"}}, "steps", title, yscale="log"))
+        "largest angle to PCA's, rad": {label: (steps, [row[f"eval/angle_{label}"] for row in rows]) for label in "EG"}},
+        "steps", title, yscale="log"))
     run.picture("losses", shared.curves({"loss": {key.removeprefix("train/"): (steps[1:], [row[key] for row in rows[1:]])
                                                   for key in LOSSES}}, "steps", title, yscale="log"))
     if shape:

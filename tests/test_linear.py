@@ -97,7 +97,7 @@ def test_without_the_decay_every_whitened_space_is_at_rest():
     for stretch, rests in ((1.0, True), (2.0, False)):
         E, G = stretch * torch.linalg.inv(C) @ tilted.T, tilted @ C / stretch
         config, p = parts(adversarial="tangent", gamma=0.0, decay=0.0)
-        nn.init.eye_(p["D"].B)  # its gradient is then twice that for A
+        nn.init.eye_(p["D"].B)  # its gradient is then twice that for A, whose value it does not depend on
         for t, value in ((p["maps"]["E"], E), (p["maps"]["G"], G)):
             t.data.copy_(value)
         (F, G, E), z = (p["maps"][name] for name in "FGE"), whitened(len(x), K)
@@ -119,7 +119,6 @@ def test_the_penalty_stretches_the_fixed_point():
     for t, value in ((p["maps"]["E"], torch.diag(top ** -0.5) @ V[:, :K].T), (p["maps"]["G"], V[:, :K] @ torch.diag(top ** 0.5)),
                      (p["D"].B, (NU * top).sqrt().diag())):
         t.data.copy_(value)
-    # whitened data, so that R1 of the sample is γ/2 ⟨‖2EᵀAw‖²⟩ exactly
     (F, G, E), z = (p["maps"][name] for name in "FGE"), whitened(len(x), K)
     for loss, of in ((sum(alae.L_adv_ED(F, G, E, p["D"], x, z, config)), [E, p["D"].B]),
                      (sum(alae.L_adv_FG(F, G, E, p["D"], z, config)), [G]), (alae.L_err_EG(F, G, E, z), [E, G])):
