@@ -72,8 +72,8 @@ def parse_config(Config, argv=None):
 
 def probe_matmul(device):
     """'medium' where it keeps fp32 accuracy (CPUs where it only picks another library), 'highest' where it rounds."""
-    a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
     torch.set_float32_matmul_precision("medium")
+    a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
     product, exact = (a.to(device) @ b.to(device)).cpu().double(), a.double() @ b.double()
     return "medium" if (product - exact).norm() < 2e-6 * exact.norm() else "highest"
 
@@ -105,14 +105,11 @@ def load_images(name, data_dir=ROOT / "data", split="dw", device="cpu", size=Non
     elif not cls:
         fail(f"--dataset {name}: unknown; choose {', '.join(classes)} or folder:PATH")
     else:
-        for file, md5 in ((folder / cls.__name__ / "raw" / file, md5) for file, md5 in getattr(cls, "resources", [])):
-            if file.exists() and not datasets.utils.check_integrity(file, md5):
-                fail(f"{file} is corrupt (wrong MD5): delete it and run again to fetch it anew")
         for last in (False, True):
-            try:
+            try:  # torchvision checks the MD5 of what is there
                 parts = [cls(folder, p, download=True) for p in (("train", "test") if name == "celeba" else (True, False))]
                 break
-            except Exception as error:  # torchvision raises many kinds: no network, no permission, a damaged file
+            except Exception as error:  # of many kinds: no network, no permission, a damaged file
                 last and fail(f"{name} is not in {folder} and could not be fetched, or is damaged there ({error})")
                 time.sleep(2)  # another run may just be unpacking it
         parts = [(read_pictures([folder / "celeba/img_align_celeba" / f for f in p.filename[:limit]], size or 64), None)
@@ -129,9 +126,9 @@ def load_images(name, data_dir=ROOT / "data", split="dw", device="cpu", size=Non
         result += [x, None if y is None else y[:n].to(device)]
     return result
 
-def load_vectors(config, device):
-    """For linear maps: x_train (N, d), y_train, x_test, y_test and the shape of an image. The toys have no labels."""
-    if config.dataset not in TOYS:
+def load_vectors(config, device, toys=True):
+    """x_train (N, d), y_train, x_test, y_test and the shape of an image; the toys, for linear maps, have no labels."""
+    if not toys or config.dataset not in TOYS:
         x, y, u, v = load_images(config.dataset, config.data_dir, config.split, device, None, 2000 * config.smoke or None)
         return x.flatten(1), y, u.flatten(1), v, x.shape[1:]
     rng, roll = np.random.default_rng(0), config.dataset == "swiss_roll"
@@ -207,9 +204,9 @@ class Run:
                 fail(f"{self.dir} exists: choose another --run-name, or go on with it by --resume" if self.dir.is_dir()
                      else f"cannot write {self.dir}: {error.strerror}")
         self.at["commands"].append(f"python {file.parent.name}/{file.name} {shlex.join(sys.argv[1:])}".strip())
-        self.born, config.run_name, git = time.time() - self.at["wall_s"], self.dir.name, []
-        for command in ("git rev-parse HEAD", "git status --porcelain --untracked-files=no"):
-            git.append(subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip())
+        self.born, config.run_name = time.time() - self.at["wall_s"], self.dir.name
+        git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude='*'", shell=True, cwd=ROOT, capture_output=True,
+                             text=True).stdout
         cpu = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
         usual = {f.name: f.default for f in fields(config)} | config.recipes.get(getattr(config, "setup", None), {})
         setting = ", ".join(f"{k} {v}" for k, v in asdict(config).items() if v != usual[k] and k not in NO_SETTING)
@@ -217,7 +214,7 @@ class Run:
                       "setting": setting, "seed": config.seed, "command": " && ".join(self.at["commands"]),
                       "hardware": torch.cuda.get_device_name() if device.type == "cuda" else
                       f"{(cpu or [platform.processor()])[0]}, {torch.get_num_threads()} threads", "params": params,
-                      "torch": torch.__version__, "commit": git[0], "dirty": bool(git[1])}
+                      "torch": torch.__version__, "commit": git[:40].strip(), "dirty": "-dirty" in git}
         self.wandb = self._start_wandb(file, checkpoint) if config.wandb else None
         write(self.dir / "config.json", {"config": asdict(config), **self.facts, "id": self.at["id"],
                                          "python": sys.version, "numpy": np.__version__})
@@ -353,6 +350,36 @@ def accuracies(kind, *features, prefix="eval"):
     methods = {"knn": knn_accuracy, "svm": svm_accuracy} | ({"mlp": mlp_accuracy} if kind == "short" else {})
     return {f"{prefix}/{name}_acc_{kind}": method(*features) for name, method in methods.items()}
 
+def evaluate(config, data, maps, full, prefix="eval"):
+    """The contract's metrics, or the cheap ones. data: x (N, X) in [0, 1], y, x_test, y_test, an image's shape; maps: encode
+    (x → code), decode (code → x), prior (n → n codes), short and long (x → features); a GAN has decode and prior alone."""
+    (x, y, u, v, shape), row = data, {}
+    mnist = full and config.dataset == "mnist"
+    if "encode" in maps:
+        x_hat = in_chunks(lambda part: maps["decode"](maps["encode"](part)), u).unflatten(1, shape)
+        row[f"{prefix}/recon_mse"] = recon_mse(u.unflatten(1, shape), x_hat)
+        row |= {f"{prefix}/identity": identity(x_hat, v)} if mnist else {}
+    for kind in (kind for kind in ("short", "long")[:1 + full] if kind in maps and v is not None):
+        features = in_chunks(maps[kind], x), y, in_chunks(maps[kind], u), v
+        row |= accuracies(kind, *features, prefix=prefix) if full else {f"{prefix}/knn_acc_short": knn_accuracy(*features)}
+    if mnist:
+        samples = in_chunks(maps["decode"], maps["prior"](1000 if config.smoke else 10_000))
+        row[f"{prefix}/fid"] = fid(u.unflatten(1, shape), samples.unflatten(1, shape))
+    return row
+
+def untrained(config, data, maps):
+    """The row before training: the cheap metrics; with --references all of the untrained encoder's and of raw pixels."""
+    row = evaluate(config, data, maps, full=False)
+    return row | (evaluate(config, data, maps, full=True, prefix="untrained") | accuracies("short", *data[:4], prefix="pixels")
+                  if config.references else {})
+
+def benchmark(step, images, config):
+    """Print the median time of step(), a training step on so many images."""
+    from torch.utils.benchmark import Timer
+    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=5)
+    print(f"--matmul {config.matmul}: {1e3 * timer.median:.1f} ms per step (interquartile range {1e3 * timer.iqr:.1f}), "
+          f"{images / timer.median:.0f} images/s")
+
 @cache
 def lenet(device, trained=True):
     """The classifier behind identity and fid, net[:-1] its 84 features; made once, by `python assets/train_lenet.py`."""
@@ -387,6 +414,26 @@ def grid(images, columns, title, rows=()):
     axes.imshow(sheet if sheet.shape[2] > 1 else sheet[..., 0], cmap="gray", interpolation="nearest")
     axes.set(xticks=[], yticks=[(i + 0.5) * len(sheet) / lines for i in range(len(rows))], yticklabels=rows)
     return figure
+
+@torch.no_grad()
+def draw(run, data, maps, panels, title):
+    """Samples, reconstructions and interpolations of the same codes and test images every time; curves of run.rows.
+    data, maps: as for evaluate; panels: {ylabel: keys of rows}."""
+    (_, _, u, _, shape), title = data, f"{title}, {run.unit} {run.done}"
+    n, codes = min(10, len(u)), maps["encode"](u[:16]) if "encode" in maps else maps["prior"](16)
+    def picture(name, x, columns, what, rows=()):
+        run.picture(name, grid(x.reshape(-1, *shape), columns, f"{title}: {what}", rows))
+    picture("samples", maps["decode"](maps["prior"](100)), 10, "samples")
+    if "encode" in maps:
+        x = u[:min(50, len(u)) // n * n]
+        pairs = torch.stack([x, maps["decode"](maps["encode"](x))]).unflatten(1, (-1, n)).transpose(0, 1)
+        picture("reconstructions", pairs, n, "test images x and reconstructions G(E(x))", ["x", "G(E(x))"] * len(pairs))
+    t = torch.linspace(0, 1, 10, device=u.device)[:, None]
+    between = maps["decode"](((1 - t) * codes[:8, None] + t * codes.flip(0)[:8, None]).flatten(0, 1))
+    picture("interpolations", between, 10, f"G on the way between two {'test codes' if 'encode' in maps else 'z'}")
+    rows = {key: [(row[run.unit], row[key]) for row in run.rows if key in row] for keys in panels.values() for key in keys}
+    run.picture("curves", curves({ylabel: {key.split("/")[1]: zip(*rows[key]) for key in keys if rows[key]}
+                                  for ylabel, keys in panels.items()}, run.unit, title))
 
 def curves(panels, xlabel, title, **scales):
     """A figure with a panel for each {ylabel: {label: (xs, ys[, format])}}; scales: xscale, yscale."""

@@ -175,63 +175,20 @@ def update_ema(averaged, nets, decay):
     torch._foreach_lerp_(list(averaged.parameters()), list(nets.parameters()), 1 - decay)
 
 
-def to_x(images, config):
-    """Images (N, C, H, W) in [0, 1] → x (N, X) in the range that the networks see."""
-    return images.flatten(1) * 2 - 1 if config.input_range == "11" else images.flatten(1)
+def to_x(x, config):
+    """Pixels in [0, 1] → the range that the networks see."""
+    return x * 2 - 1 if config.input_range == "11" else x
 
 
-def to_images(x, config, shape):
-    x = (x + 1) / 2 if config.input_range == "11" else x
-    return x.unflatten(1, shape)
-
-
-def fixed_z(n, config, device):
-    """The same z (n, Z) in every run and at every time, for pictures and FID."""
-    return torch.randn(n, config.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
-
-
-def evaluate(nets, data, config, full, prefix="eval"):
-    """The contract's metrics: the cheap ones (MSE, 1-NN on short features), or all. data: x (N, X) and labels."""
-    x_train, y_train, x_test, y_test, shape = data
+def maps(nets, config, device):
+    """What shared.evaluate and shared.draw look at; all of it in pixels in [0, 1]."""
     F, G, E = nets["F"], nets["G"], nets["E"]
-    x_rec = to_images(shared.in_chunks(lambda x: G(E(x)), x_test), config, shape)
-    metrics = {f"{prefix}/recon_mse": shared.recon_mse(to_images(x_test, config, shape), x_rec)}
-    if y_test is not None:  # short features: E(x), (N, W); long: before E's last layer, (N, H)
-        for kind, features in (("short", E), ("long", E[:4])) if full else (("short", E),):
-            train, test = shared.in_chunks(features, x_train), shared.in_chunks(features, x_test)
-            metrics |= shared.accuracies(kind, train, y_train, test, y_test, prefix=prefix) if full else {
-                f"{prefix}/knn_acc_short": shared.knn_accuracy(train, y_train, test, y_test)}
-    if full and config.dataset == "mnist":
-        samples = shared.in_chunks(lambda z: G(F(z)), fixed_z(10_000, config, x_test.device))
-        metrics[f"{prefix}/identity"] = shared.identity(x_rec, y_test)
-        metrics[f"{prefix}/fid"] = shared.fid(to_images(x_test, config, shape), to_images(samples, config, shape))
-    return metrics
 
-
-@torch.no_grad()
-def draw(nets, data, config, run):
-    """Reconstructions, samples, interpolations (the same test images and z every time) and the curves so far."""
-    x_test, shape, epoch = data[2], data[4], run.done
-    F, G, E = nets["F"], nets["G"], nets["E"]
-    n = min(10, len(x_test))
-    x = x_test[:50 // n * n][:len(x_test) // n * n].unflatten(0, (-1, n))
-    pairs = torch.stack([x, G(E(x))], 1).flatten(0, 2)  # rows x, G(E(x)), x, …
-    run.picture("reconstructions", shared.grid(to_images(pairs, config, shape), n,
-                f"Test images x and reconstructions G(E(x)), epoch {epoch}", ["x", "G(E(x))"] * len(x)))
-    samples = G(F(fixed_z(100, config, x.device)))
-    run.picture("samples", shared.grid(to_images(samples, config, shape), 10, f"Samples G(F(z)), epoch {epoch}"))
-    t = torch.linspace(0, 1, 10, device=x.device)[:, None]
-    w_a, w_b = E(x_test[:8, None]), E(x_test[:16].flip(0)[:8, None])
-    run.picture("interpolations", shared.grid(to_images(G((1 - t) * w_a + t * w_b).flatten(0, 1), config, shape), 10,
-                f"G((1 − t) E(x₁) + t E(x₂)), t = 0 … 1, epoch {epoch}"))
-
-    def line(key):
-        rows = [row for row in run.rows if key in row]
-        return [row["epoch"] for row in rows], [row[key] for row in rows]
-    run.picture("curves", shared.curves({
-        "adversarial losses": {name: line(f"train/{name}") for name in ("L_adv_ED", "L_adv_FG", "r1")},
-        "L_err_EG": {"L_err_EG": line("train/L_err_EG")}, "reconstruction MSE": {"test": line("eval/recon_mse")},
-        "1-NN accuracy on E(x), %": {"test": line("eval/knn_acc_short")}}, "epoch", "FC ALAE"))
+    def prior(n):
+        z = torch.randn(n, config.latent_dim, generator=torch.Generator().manual_seed(0))
+        return shared.in_chunks(F, z.to(device))
+    return {"encode": lambda x: E(to_x(x, config)), "decode": lambda w: (G(w) + 1) / 2 if config.input_range == "11" else G(w),
+            "prior": prior, "short": lambda x: E(to_x(x, config)), "long": lambda x: E[:4](to_x(x, config))}
 
 
 def load_model(path):
@@ -295,10 +252,8 @@ def benchmark(config, x_train, steps=300):
 def main(config):
     device = shared.setup(config)
     checkpoint = shared.load_checkpoint(config.resume, Config) if config.resume else None
-    x_train, y_train, x_test, y_test = shared.load_images(config.dataset, config.data_dir, config.split, device,
-                                                          limit=512 if config.smoke else None)
-    data = to_x(x_train, config), y_train, to_x(x_test, config), y_test, x_test.shape[1:]
-    x_train, X = data[0], data[0].shape[1]
+    data = shared.load_vectors(config, device, toys=False)
+    x_train, X = to_x(data[0], config), data[0].shape[1]
     if config.smoke:
         config.epochs = min(config.epochs, 2)
     if config.latent_dim > X:
@@ -318,17 +273,14 @@ def main(config):
         if checkpoint["run"]["done"] > config.epochs:
             shared.fail(f"--epochs {config.epochs}: {config.resume} has {checkpoint['run']['done']} already")
     evaluated = averaged if config.eval_weights == "ema" else nets
+    seen = maps(evaluated, config, device)
     run = shared.Run(config, device, sum(p.numel() for p in nets.parameters()), checkpoint)
 
     def save(step):
         run.save("checkpoint.pt", step=step, losses=losses, **{name: part.state_dict() for name, part in parts.items()})
 
-    if not checkpoint:  # the untrained encoder
-        row = {"epoch": 0} | evaluate(nets, data, config, full=False)
-        if config.references:
-            row |= evaluate(nets, data, config, full=True, prefix="untrained") | shared.accuracies(
-                "short", *data[:4], prefix="pixels")
-        run.log(row)
+    if not checkpoint:
+        run.log({"epoch": 0} | shared.untrained(config, data, seen))
     for epoch in range(run.done + 1, config.epochs + 1):
         order = torch.Generator(device).manual_seed(1_000_003 * config.seed + epoch)
         for step, i in enumerate(shared.batches(len(x_train), config.batch_size, order, skip=first), first + 1):
@@ -341,14 +293,16 @@ def main(config):
         row = {"epoch": epoch} | {name: run.finite(loss / steps) for name, loss in zip(LOSSES, losses)}
         first, losses = 0, torch.zeros_like(losses)
         if looked := epoch % config.eval_every == 0 or epoch == config.epochs:
-            row |= evaluate(evaluated, data, config, full=False)
+            row |= shared.evaluate(config, data, seen, full=False)
         run.log(row)
         save(0)
         if looked:
-            draw(evaluated, data, config, run)
+            shared.draw(run, data, seen, {"adversarial losses": [LOSSES[i] for i in (0, 1, 3)], "L_err_EG": LOSSES[2:3],
+                                          "reconstruction MSE": ["eval/recon_mse"],
+                                          "1-NN accuracy on E(x), %": ["eval/knn_acc_short"]}, "FC ALAE")
 
     run.save("model.pt", **{name: net.state_dict() for name, net in evaluated.items()})
-    run.finish(**evaluate(evaluated, data, config, full=True))
+    run.finish(**shared.evaluate(config, data, seen, full=True))
 
 
 if __name__ == "__main__":
