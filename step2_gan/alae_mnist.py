@@ -7,7 +7,7 @@ Algorithm 1, each step on a fresh z ~ N(0, I) and with an optimizer of its own:
     II.  F, G   minimise  L_adv^{F,G} = softplus(−D(E(G(F(z)))))
     III. E, G   minimise  L_err^{E,G} = ‖F(z) − E(G(F(z)))‖²
 
-    python step2_gan/alae_mnist.py                              # 30 epochs
+    python step2_gan/alae_mnist.py                              # 20 epochs
     python step2_gan/alae_mnist.py --epochs 600                 # the official code's length
     python step2_gan/alae_mnist.py --resume runs/alae_mnist/NAME/checkpoint.pt --epochs 100
 
@@ -40,7 +40,7 @@ from shared import option
 
 @dataclass
 class Config(shared.Protocol):
-    epochs: int = option(30, "passes over the training images", low=1)
+    epochs: int = option(20, "passes over the training images (official code: 600)", low=1)
     batch_size: int = option(64, "images per step", low=1)
     lr: float = option(0.004, "learning rate of the three optimizers", low=1e-9)
     latent_dim: int = option(50, "dimension of z and of w (§6.1)", low=1)
