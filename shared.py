@@ -105,11 +105,14 @@ def load_images(name, data_dir=ROOT / "data", split="dw", device="cpu", size=Non
     elif not cls:
         fail(f"--dataset {name}: unknown; choose {', '.join(classes)} or folder:PATH")
     else:
+        for file, md5 in ((folder / cls.__name__ / "raw" / file, md5) for file, md5 in getattr(cls, "resources", [])):
+            if file.exists() and not datasets.utils.check_integrity(file, md5):
+                fail(f"{file} is corrupt (wrong MD5): delete it and run again to fetch it anew")
         for last in (False, True):
-            try:  # torchvision checks the MD5 of what is there
+            try:
                 parts = [cls(folder, p, download=True) for p in (("train", "test") if name == "celeba" else (True, False))]
                 break
-            except Exception as error:  # of many kinds: no network, no permission, a damaged file
+            except Exception as error:  # torchvision raises many kinds: no network, no permission, a damaged file
                 last and fail(f"{name} is not in {folder} and could not be fetched, or is damaged there ({error})")
                 time.sleep(2)  # another run may just be unpacking it
         parts = [(read_pictures([folder / "celeba/img_align_celeba" / f for f in p.filename[:limit]], size or 64), None)

@@ -25,7 +25,9 @@ NAMES = {"recon_mse": "test MSE", "identity": "identity %", "fid": "LeNet-FID", 
          "seconds": "seconds"}
 NAMES |= {f"{a}_acc_{b}": f"{label} {b}" for a, label in (("knn", "1-NN"), ("svm", "SVM"), ("mlp", "MLP"))
           for b in ("short", "long")}
-ROWS = {"untrained": "untrained encoder", "pixels": "raw pixels"}
+NAMES |= {"digit_kl": "KL of digits", "digit_min": "rarest digit %", "grad_norm_G": "‖gradient of G‖"}
+NAMES |= {f"digit_{i}": f"{i} %" for i in range(10)}
+TOGETHER = ("autoencoder_mnist", "latent_regressor_mnist", "bigan_mnist", "alae_mnist", "train_fc_alae")  # E and G of one size
 
 
 def summaries(folder):
@@ -78,17 +80,21 @@ def cell(metric, values):
 
 
 def tables(found):
-    """Markdown: one table an experiment, one row a setting, and the commands, times and hardware below it."""
+    """Markdown: one table an experiment, but one for all of TOGETHER, one row a setting, and the commands, times and
+    hardware below it."""
     text = []
-    kinds = [s["experiment"] + ", ablation" * ("ablate True" in s.get("setting", "")) for s in found]
+    kinds = ["Methods compared: E 784-1024-1024-50, G 50-1024-1024-784" if s["experiment"] in TOGETHER else s["experiment"]
+             + ", ablation" * ("ablate True" in s.get("setting", "")) + ", losses" * ("compare True" in s.get("setting", ""))
+             for s in found]
     for kind in sorted(set(kinds)):
         groups = {}
         for s in (s for s, of in zip(found, kinds) if of == kind):
             unit = "epochs" if "epochs" in s else "steps"
-            group = s["dataset"], s["split"], s[unit], f"{s[unit]} {unit}" + (f", {s['setting']}" if s["setting"] else "")
+            place, of = (TOGETHER.index(s["experiment"]), f"{s['experiment']}, ") if s["experiment"] in TOGETHER else (0, "")
+            group = s["dataset"], s["split"], place, s[unit], of + f"{s[unit]} {unit}" + (f", {s['setting']}" if s["setting"] else "")
             groups.setdefault(group, {})[s["seed"]] = s
         rows, notes = [], []
-        for (dataset, split, _, setting), runs in sorted(groups.items()):
+        for (dataset, split, _, _, setting), runs in sorted(groups.items()):
             runs, lines = list(runs.values()), {}
             for key in dict.fromkeys(key for s in runs for key in s if "/" in key):
                 row, metric = key.rsplit("/", 1)
@@ -96,7 +102,8 @@ def tables(found):
                     lines.setdefault(row, {})[metric] = cell(metric, [s[key] for s in runs if key in s])
             for row, cells in sorted(lines.items(), key=lambda line: line[0] != "eval"):
                 n = sum(any(key.startswith(f"{row}/") for key in s) for s in runs)
-                line = [ROWS.get(row, row if row != "eval" else setting), f"{dataset} {split}", str(n)], cells
+                name = {"eval": setting, "pixels": "raw pixels", "untrained": f"untrained encoder of {runs[0]['experiment']}"}
+                line = [name.get(row, row), f"{dataset} {split}", str(n)], cells
                 repeated = any(cells.items() <= other.items() for name, other in lines.items() if name != row)
                 if line not in rows and not repeated:
                     rows.append(line)
@@ -114,7 +121,7 @@ def tables(found):
 
 def readme(text):
     """The README with the committed test results on MNIST between its markers."""
-    found = [s for s in summaries(ROOT / "results") if (s["dataset"], s["split"]) == ("mnist", "dw")]
+    found = [s for s in summaries(ROOT / "results") if s["dataset"] == "mnist" and s["split"] != "val"]
     return re.sub(r"(<!-- results -->\n).*?(<!-- /results -->)", lambda m: m[1] + tables(found) + m[2], text, flags=re.S)
 
 

@@ -235,8 +235,6 @@ def main(config):
         shared.fail(f"--compare counts digits: it needs --dataset mnist, not {config.dataset}")
     if per_step(config) > len(x_train):
         shared.fail(f"--batch-size {config.batch_size}: a step needs {per_step(config)} images of {len(x_train)}")
-    if config.net == "dcgan" and (shape[1] % 4 or shape[1] != shape[2]):
-        shared.fail(f"--net dcgan needs square images of a size divisible by 4, not {shape[1]}×{shape[2]}")
 
     parts = start(config, shape, device)
     nets = parts["nets"]

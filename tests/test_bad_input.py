@@ -12,6 +12,8 @@ from conftest import ENVIRONMENT, FC_ALAE, ROOT
 
 PCA, LINEAR, LR, COMPARE = (f"step1_linear/{name}.py" for name in (
     "pca_gd", "linear_alae", "linear_latent_regressor", "compare_autoencoders"))
+GAN, BIGAN, LR_MNIST, AE, ALAE = (f"step2_gan/{name}_mnist.py" for name in (
+    "gan", "bigan", "latent_regressor", "autoencoder", "alae"))
 CASES = [
     (FC_ALAE, ["--nonsense"], "--nonsense"),
     (FC_ALAE, ["--split", "test"], "--split"),
@@ -61,6 +63,31 @@ CASES = [
     (LR, ["--batch-size", "60001"], "60000 images"),
     (LR, ["--dataset", "folder:{tmp}/grey", "--batch-size", "2", "--k", "2"], "all the same"),
     (LR, ["--resume", "{tmp}/other.pt"], "checkpoint of pca_gd"),
+    (ALAE, ["--latent-dim", "785"], "784"),
+    (ALAE, ["--lrmul", "0"], "--lrmul 0"),
+    (ALAE, ["--batch-size", "60001"], "60000 images"),
+    (ALAE, ["--dataset", "swiss_roll"], "unknown"),
+    (ALAE, ["--resume", "{tmp}/other.pt"], "checkpoint of pca_gd, not of alae_mnist"),
+    (AE, ["--loss", "huber"], "--loss"),
+    (AE, ["--noise", "-1"], "--noise -1"),
+    (AE, ["--latent-dim", "785"], "784"),
+    (AE, ["--batch-size", "60001"], "60000 images"),
+    (AE, ["--resume", "{tmp}/older.pt"], "checkpoint of train_fc_alae, not of autoencoder_mnist"),
+    (BIGAN, ["--latent-dim", "785"], "784"),
+    (BIGAN, ["--batch-size", "1"], "--batch-size 1"),
+    (BIGAN, ["--batch-size", "60001"], "60000 images"),
+    (BIGAN, ["--dataset", "sine_sheet"], "unknown"),
+    (BIGAN, ["--resume", "{tmp}/file"], "no checkpoint"),
+    (LR_MNIST, ["--joint-weight", "-1"], "--joint-weight -1"),
+    (LR_MNIST, ["--latent-dim", "785"], "784"),
+    (LR_MNIST, ["--batch-size", "60001"], "60000 images"),
+    (LR_MNIST, ["--resume", "{tmp}/nothing.pt"], "no such file"),
+    (GAN, ["--loss", "hinge"], "--loss"),
+    (GAN, ["--net", "unet"], "--net"),
+    (GAN, ["--critic-steps", "-1"], "--critic-steps -1"),
+    (GAN, ["--loss", "wgan_gp", "--batch-size", "12001"], "60005 images of 60000"),
+    (GAN, ["--compare", "--dataset", "folder:{tmp}/grey"], "needs --dataset mnist"),
+    (GAN, ["--resume", "{tmp}/other.pt"], "checkpoint of pca_gd"),
     (COMPARE, ["--k", "10", "784"], "1 to 783"),
     (COMPARE, ["--k", "10", "0"], "--k 0"),
     (COMPARE, ["--methods", "pca", "svd"], "--methods"),

@@ -15,7 +15,10 @@ FACTS = {"experiment", "dataset", "split", "seed", "images_seen", "params", "wal
 EVALUATION = {f"eval/{key}" for key in (
     "recon_mse", "identity", "fid", "knn_acc_short", "knn_acc_long", "svm_acc_short", "svm_acc_long", "mlp_acc_short")}
 
-OF_ITS_OWN = {FC_ALAE: EVALUATION, "step1_linear/compare_autoencoders.py": {
+OF_ITS_OWN = {FC_ALAE: EVALUATION} | {
+    f"step2_gan/{name}_mnist.py": EVALUATION for name in ("alae", "autoencoder", "bigan", "latent_regressor")} | {
+    "step2_gan/gan_mnist.py": {"eval/fid", "eval/digit_kl", "eval/digit_min", "train/grad_norm_G"} | {
+        f"eval/digit_{i}" for i in range(10)}, "step1_linear/compare_autoencoders.py": {
     f"mnist, k = 10: {method}/{key}" for method in ("PCA", "linear AE (l1)", "linear ALAE", "linear JLR", "random projection")
     for key in ("mse_train", "mse_test", "orthonormality", "knn_acc_short", "svm_acc_short", "mlp_acc_short")}}
 
