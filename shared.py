@@ -42,10 +42,10 @@ class Protocol:
     wandb: bool = option(False, "mirror the run to Weights & Biases (WANDB_MODE=offline works too)")
     smoke: bool = option(False, "a tiny subset and a few steps through the whole path, in seconds")
     matmul: str = option("auto", "fp32 products; auto: medium if as exact, else highest", ("auto", "highest", "medium"))
-    recipes = {}  # no field: {value of setup: {field: default}}
+    recipes = {}  # no field: {(field, value): {other field: its default then}}
 
 def parse_config(Config, argv=None):
-    """Command line → Config; the defaults are --resume's, else Config.recipes[setup]'s. Bad input: one line, exit 2."""
+    """Command line → Config; the defaults are --resume's, else those of Config.recipes. Bad input: one line, exit 2."""
     parser = argparse.ArgumentParser(None, None, sys.modules[Config.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
@@ -64,7 +64,7 @@ def parse_config(Config, argv=None):
         for key in (key for key in given.keys() - FREE_ON_RESUME if given[key] not in (saved[key], "auto")):
             fail(f"{given['resume']} was trained with {flags[key]} {saved[key]}, not {given[key]}")
         given = saved | given
-    given = Config.recipes.get(given.get("setup"), {}) | given
+    given = {k: v for pair in given.items() for k, v in Config.recipes.get(pair, {}).items()} | given
     for f, low, high in ((f, f.metadata["low"], f.metadata["high"]) for f in fields(Config)):
         for value in np.atleast_1d(given.get(f.name, f.default)) if low is not None else ():
             low <= value <= high or fail(f"{flags[f.name]} {value}: must be at least {low}" + f", at most {high}" * (high < 1e300))
@@ -211,7 +211,8 @@ class Run:
         git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude='*'", shell=True, cwd=ROOT, capture_output=True,
                              text=True).stdout
         cpu = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
-        usual = {f.name: f.default for f in fields(config)} | config.recipes.get(getattr(config, "setup", None), {})
+        usual = {f.name: f.default for f in fields(config)}
+        usual |= {k: v for pair in asdict(config).items() for k, v in config.recipes.get(pair, {}).items()}
         setting = ", ".join(f"{k} {v}" for k, v in asdict(config).items() if v != usual[k] and k not in NO_SETTING)
         self.facts = {"experiment": file.stem, "run": config.run_name, "dataset": config.dataset, "split": config.split,
                       "setting": setting, "seed": config.seed, "command": " && ".join(self.at["commands"]),

@@ -71,8 +71,9 @@ class Config(shared.Protocol):
     ablate: bool = option(False, "instead of one run, the table of what each ingredient is for, in at most 3,000 steps each")
     eval_every: int = option(400, "steps between evaluations", low=1)
     resume: str = option("", "checkpoint.pt to go on from")
-    recipes = {"seed": {"critic": "linear", "penalty": "unit", "gamma": 10.0, "decay": 0.0, "mapping": "linear", "scale": 1.0,
-                        "init_G": 1.0, "steps": 4687, "batch_size": 128, "lr": 0.002, "lr_critic": 0.002, "lr_end": 1.0}}
+    recipes = {("setup", "seed"): {
+        "critic": "linear", "penalty": "unit", "gamma": 10.0, "decay": 0.0, "mapping": "linear", "scale": 1.0, "init_G": 1.0,
+        "steps": 4687, "batch_size": 128, "lr": 0.002, "lr_critic": 0.002, "lr_end": 1.0}}
 
 
 # what is changed: {field: value}

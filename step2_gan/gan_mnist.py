@@ -44,8 +44,8 @@ class Config(shared.Protocol):
     batch_size: int = option(128, "images per step of D (1511.06434)", low=2)
     loss: str = option("non_saturating", "what D and G minimise", choices=LOSS)
     net: str = option("mlp", "G 50-1024-1024-784 and D 784-1024-1024-1, or convolutions", choices=("mlp", "dcgan"))
-    lr: float = option(0.0002, "learning rate of Adam (1511.06434)", low=1e-9)
-    beta1: float = option(0.5, "β₁ of Adam (1511.06434)", low=0, high=0.999)
+    lr: float = option(0.0002, "learning rate of Adam (1511.06434; with R1 0.002, ALAE's)", low=1e-9)
+    beta1: float = option(0.5, "β₁ of Adam (1511.06434; with R1 0, ALAE's), β₂ = 0.999", low=0, high=0.999)
     gamma: float = option(10.0, "weight γ of R1 (1801.04406)", low=0)
     gp_weight: float = option(10.0, "weight λ of WGAN-GP's penalty (1704.00028)", low=0)
     critic_steps: int = option(0, "steps of D for one of G; 0: 5 for wgan_gp (1704.00028), 1 for the others", low=0)
@@ -56,6 +56,7 @@ class Config(shared.Protocol):
     compare: bool = option(False, "train with every loss, from --seed and the next, and compare them")
     resume: str = option("", "checkpoint.pt to go on from")
     benchmark: bool = option(False, "measure the speed of a training step, and stop")
+    recipes = {("loss", "r1"): {"lr": 0.002, "beta1": 0.0}}
 
 
 # B batch, Z = latent_dim, X = pixels (784), H = 1024
