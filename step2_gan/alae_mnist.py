@@ -167,7 +167,8 @@ def main(config):
         return torch.optim.Adam([p for name in names for p in nets[name].parameters()], config.lr, (0.0, 0.99), fused=True)
     opts = {"opt_ED": adam("E", "D"), "opt_FG": adam("F", "G"), "opt_EG": adam("E", "G")}
     if config.benchmark:
-        return shared.benchmark(lambda: train_step(nets, *opts.values(), x_train[:config.batch_size], config), config.batch_size, config)
+        return shared.benchmark(lambda: train_step(nets, *opts.values(), x_train[:config.batch_size], config),
+                                config.batch_size, config)
     parts = {"nets": nets, "averaged": averaged} | opts
     first, losses = 0, torch.zeros(len(LOSSES), device=device)  # steps behind us in this epoch, and their losses
     if checkpoint:
@@ -175,7 +176,8 @@ def main(config):
             part.load_state_dict(checkpoint[name])
         first, losses = checkpoint["step"], checkpoint["losses"].to(device)
     evaluated = averaged if config.eval_weights == "ema" else nets
-    run, seen = shared.Run(config, device, sum(p.numel() for p in nets.parameters()), checkpoint), maps(evaluated, config, device)
+    run = shared.Run(config, device, sum(p.numel() for p in nets.parameters()), checkpoint)
+    seen = maps(evaluated, config, device)
 
     def save(step):
         run.save("checkpoint.pt", step=step, losses=losses, **{name: part.state_dict() for name, part in parts.items()})

@@ -121,12 +121,14 @@ def main(config):
     nets = build(config, X).to(device)
     optimizer = torch.optim.Adam(nets.parameters(), config.lr, fused=True)
     if config.benchmark:
-        return shared.benchmark(lambda: train_step(nets, optimizer, x_train[:config.batch_size], config), config.batch_size, config)
+        return shared.benchmark(lambda: train_step(nets, optimizer, x_train[:config.batch_size], config),
+                                config.batch_size, config)
     first, losses = 0, torch.zeros(len(LOSSES), device=device)  # steps behind us in this epoch, and their losses
     if checkpoint:
         nets.load_state_dict(checkpoint["nets"]), optimizer.load_state_dict(checkpoint["optimizer"])
         first, losses = checkpoint["step"], checkpoint["losses"].to(device)
-    run, seen = shared.Run(config, device, sum(p.numel() for p in nets.parameters()), checkpoint), maps(nets, config, x_train)
+    run = shared.Run(config, device, sum(p.numel() for p in nets.parameters()), checkpoint)
+    seen = maps(nets, config, x_train)
 
     def save(step):
         run.save("checkpoint.pt", step=step, losses=losses, nets=nets.state_dict(), optimizer=optimizer.state_dict())

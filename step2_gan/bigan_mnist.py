@@ -162,13 +162,15 @@ def main(config):
                      for params in (nets["D"].parameters(), [*nets["E"].parameters(), *nets["G"].parameters()]))
     parts = {"nets": nets, "opt_D": opt_D, "opt_EG": opt_EG}
     if config.benchmark:
-        return shared.benchmark(lambda: train_step(*parts.values(), x_train[:config.batch_size], config), config.batch_size, config)
+        return shared.benchmark(lambda: train_step(*parts.values(), x_train[:config.batch_size], config),
+                                config.batch_size, config)
     first, losses = 0, torch.zeros(len(LOSSES), device=device)  # steps behind us in this epoch, and their losses
     if checkpoint:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         first, losses = checkpoint["step"], checkpoint["losses"].to(device)
-    run, seen = shared.Run(config, device, sum(p.numel() for p in nets.parameters()), checkpoint), maps(nets, config, x_train)
+    run = shared.Run(config, device, sum(p.numel() for p in nets.parameters()), checkpoint)
+    seen = maps(nets, config, x_train)
 
     def save(step):
         run.save("checkpoint.pt", step=step, losses=losses, **{name: part.state_dict() for name, part in parts.items()})

@@ -1,4 +1,4 @@
-"""A GAN on MNIST (arXiv 1406.2661), and what makes it train: four losses, alike in everything else.
+"""A GAN on MNIST (arXiv 1406.2661), and what makes it train: four losses, and spectral normalization.
 
 G: z → x generates from z ~ N(0, I); D's logits tell data from samples. D minimises its loss, then G minimises its own:
 
@@ -8,18 +8,22 @@ G: z → x generates from z ~ N(0, I); D's logits tell data from samples. D mini
     wgan_gp          D: D(G(z)) − D(x) + λ (‖∇ D(x̂)‖ − 1)²      G: −D(G(z)),  x̂ = ε x + (1 − ε) G(z), ε ~ U[0, 1]
                      and D takes five steps for each of G's                                    (1704.00028, algorithm 1)
 
-    python step2_gan/gan_mnist.py                          # non-saturating, 20 epochs
-    python step2_gan/gan_mnist.py --loss r1 --net dcgan
-    python step2_gan/gan_mnist.py --compare --epochs 10    # the four losses, two seeds each
+    python step2_gan/gan_mnist.py                          # non-saturating, D with spectral normalization, 20 epochs
+    python step2_gan/gan_mnist.py --loss r1
+    python step2_gan/gan_mnist.py --net dcgan              # convolutions
+    python step2_gan/gan_mnist.py --compare --epochs 5     # every loss, two seeds each
     python step2_gan/gan_mnist.py --resume runs/gan_mnist/NAME/checkpoint.pt --epochs 100
 
 Results: README.
 
 Deviations from the papers:
- 1. All losses share Adam 2e-4, β = (0.5, 0.999) (DCGAN's, arXiv 1511.06434) and the nets, so that the loss is all that
-    differs. WGAN-GP's paper has 1e-4, (0, 0.9); R1's has RMSprop 1e-4.
- 2. z ~ N(0, I) with 50 dimensions, as in the other files; G has batch norm, D has none, which both penalties need.
- 3. --net dcgan is DCGAN's for 28×28: two strided convolutions each.
+ 1. All losses share one optimizer, Adam 0.002 with β = (0, 0.999), so that the loss is all that differs. DCGAN (1511.06434)
+    has 2e-4, (0.5, 0.999), WGAN-GP 1e-4, (0, 0.9), R1 RMSprop 1e-4; on val the larger one was far better with R1.
+ 2. Without a penalty D gets spectral normalization (1802.05957), which came after the two losses: plain, on fully connected
+    nets, both lose digits (--compare shows it; --norm none).
+ 3. z ~ N(0, I) with 50 dimensions, as in the other files; G has batch norm, D has none, which both penalties need.
+ 4. Samples come from an average of G's weights, as in PGGAN and ALAE (--eval-weights raw).
+ 5. --net dcgan is DCGAN's idea for 28×28: two strided convolutions each.
 """
 import copy
 import dataclasses
@@ -31,11 +35,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 from torch.nn.functional import softplus
+from torch.nn.utils.parametrizations import spectral_norm
 
 import shared
 from shared import option
 
 LOSS = ("minimax", "non_saturating", "r1", "wgan_gp")
+VARIANTS = {"minimax": {"loss": "minimax", "norm": "none"}, "non-saturating": {"loss": "non_saturating", "norm": "none"},
+            "non-saturating,\nspectral norm": {"loss": "non_saturating", "norm": "spectral"},
+            "R1": {"loss": "r1", "norm": "none"}, "WGAN-GP": {"loss": "wgan_gp", "norm": "none"}}
 
 
 @dataclass
@@ -44,8 +52,9 @@ class Config(shared.Protocol):
     batch_size: int = option(128, "images per step of D (1511.06434)", low=2)
     loss: str = option("non_saturating", "what D and G minimise", choices=LOSS)
     net: str = option("mlp", "G 50-1024-1024-784 and D 784-1024-1024-1, or convolutions", choices=("mlp", "dcgan"))
-    lr: float = option(0.0002, "learning rate of Adam (1511.06434; with R1 0.002, ALAE's)", low=1e-9)
-    beta1: float = option(0.5, "β₁ of Adam (1511.06434; with R1 0, ALAE's), β₂ = 0.999", low=0, high=0.999)
+    norm: str = option("spectral", "of D's weights: to spectral norm 1 (1802.05957), or none", choices=("none", "spectral"))
+    lr: float = option(0.002, "learning rate of Adam (ALAE's; chosen on val)", low=1e-9)
+    beta1: float = option(0.0, "β₁ of Adam (ALAE's; chosen on val), β₂ = 0.999", low=0, high=0.999)
     gamma: float = option(10.0, "weight γ of R1 (1801.04406)", low=0)
     gp_weight: float = option(10.0, "weight λ of WGAN-GP's penalty (1704.00028)", low=0)
     critic_steps: int = option(0, "steps of D for one of G; 0: 5 for wgan_gp (1704.00028), 1 for the others", low=0)
@@ -53,10 +62,10 @@ class Config(shared.Protocol):
     ema: float = option(10_000.0, "half-life, in images, of G's averaged weights (1710.10196 §A.1: PGGAN)", low=1)
     eval_weights: str = option("ema", "evaluate the averaged or the raw weights", choices=("raw", "ema"))
     eval_every: int = option(2, "epochs between evaluations, and pictures", low=1)
-    compare: bool = option(False, "train with every loss, from --seed and the next, and compare them")
+    compare: bool = option(False, "train with every loss, from --seed and the next, without spectral norm, and compare them")
     resume: str = option("", "checkpoint.pt to go on from")
     benchmark: bool = option(False, "measure the speed of a training step, and stop")
-    recipes = {("loss", "r1"): {"lr": 0.002, "beta1": 0.0}}
+    recipes = {("loss", loss): {"norm": "none"} for loss in ("r1", "wgan_gp")}  # their penalties do what it is for
 
 
 # B batch, Z = latent_dim, X = pixels (784), H = 1024
@@ -75,6 +84,8 @@ def build(config, shape):
                           nn.ConvTranspose2d(64, C, 4, 2, 1), nn.Sigmoid(), nn.Flatten())
         D = nn.Sequential(nn.Unflatten(1, shape), nn.Conv2d(C, 64, 4, 2, 1), leaky, nn.Conv2d(64, 128, 4, 2, 1), leaky,
                           nn.Flatten(), nn.Linear(128 * s * s, 1))
+    for layer in D if config.norm == "spectral" else ():
+        isinstance(layer, (nn.Linear, nn.Conv2d)) and spectral_norm(layer)
     return nn.ModuleDict({"G": G, "D": D})
 
 
@@ -153,15 +164,16 @@ def evaluate(parts, data, config):
     shares, target = (shared.judge(x.unflatten(1, data[4]), lenet).argmax(1).bincount(minlength=10).double() / len(x)
                       for x in (shared.in_chunks(seen["decode"], seen["prior"](1000 if config.smoke else 10_000)), data[2]))
     parts["nets"].train()
-    row |= {"eval/digit_kl": torch.special.xlogy(shares, shares / target).sum().item(), "eval/digit_min": 100 * shares.min().item()}
+    row |= {"eval/digit_kl": torch.special.xlogy(shares, shares / target).sum().item(),
+            "eval/digit_min": 100 * shares.min().item()}
     return row | {f"eval/digit_{i}": 100 * share for i, share in enumerate(shares.tolist())}
 
 
 def start(config, shape, device):
     """Networks and optimizers, by their names in the checkpoint."""
     nets = build(config, shape).to(device)
-    return {"nets": nets, "averaged": copy.deepcopy(nets["G"]).requires_grad_(False)} | {f"opt_{name}": torch.optim.Adam(nets[name].parameters(), config.lr, (config.beta1, 0.999), fused=True)
-                             for name in "DG"}
+    return {"nets": nets, "averaged": copy.deepcopy(nets["G"]).requires_grad_(False)} | {
+        f"opt_{name}": torch.optim.Adam(nets[name].parameters(), config.lr, (config.beta1, 0.999), fused=True) for name in "DG"}
 
 
 def per_step(config):
@@ -193,35 +205,39 @@ def verdict(row):
 
 
 def compare(config, data, device, run):
-    """Trains with every loss from two seeds; a line each, two pictures, and the last rows in the summary."""
+    """Trains the VARIANTS from two seeds; a line each, two pictures, and the last rows in the summary."""
     rows, samples = {}, []
-    for loss in LOSS:
+    for name, change in VARIANTS.items():
         for seed in (config.seed, config.seed + 1):
             torch.manual_seed(seed)
-            variant = dataclasses.replace(config, loss=loss, seed=seed)
+            variant = dataclasses.replace(config, **change, seed=seed)
             parts = start(variant, data[4], device)
-            rows[loss, seed] = list(train(variant, data, parts, run, save=lambda *_: run.leave("start it again")))
-            last = rows[loss, seed][-1]
-            print(f"{loss}, seed {seed}: LeNet-FID {last['eval/fid']:.1f}, {verdict(last)}", flush=True)
+            rows[name, seed] = list(train(variant, data, parts, run, save=lambda *_: run.leave("start it again")))
+            last = rows[name, seed][-1]
+            print(f"{name}, seed {seed}: LeNet-FID {last['eval/fid']:.1f}, {verdict(last)}".replace("\n", " "), flush=True)
         seen = maps(parts, variant, device)
         samples.append(shared.in_chunks(seen["decode"], seen["prior"](10)))
-    run.picture("samples", shared.grid(torch.cat(samples).unflatten(1, data[4]), 10, f"Samples, {config.net}, after "
-                f"{config.epochs} epochs with four losses (seed {config.seed + 1})", LOSS))
+    about = f"{config.net}, {config.dataset} ({config.split}), {config.epochs} epochs"
+    run.picture("samples", shared.grid(torch.cat(samples).unflatten(1, data[4]), 10, f"Samples, seed {config.seed + 1}: {about}",
+                                       list(VARIANTS)))
 
     figure, images = shared.Figure(figsize=(13, 3.8), layout="constrained"), len(data[0]) // config.batch_size * config.batch_size
     left, middle, right = figure.subplots(1, 3)
-    for (loss, seed), of in rows.items():
-        style = {"color": f"C{LOSS.index(loss)}", "ls": "-" if seed == config.seed else "--", "label": f"{loss}, seed {seed}"}
+    for (name, seed), of in rows.items():
+        style = {"color": f"C{list(VARIANTS).index(name)}", "ls": "-" if seed == config.seed else "--"}
         for axes, key in ((left, "eval/fid"), (middle, "train/grad_norm_G")):
             axes.plot(*zip(*((images * row["epoch"], row[key]) for row in of if key in row)), **style)
-        right.plot(range(10), [of[-1][f"eval/digit_{i}"] for i in range(10)], marker="o", ms=3, **style)
+        right.plot(range(10), [of[-1][f"eval/digit_{i}"] for i in range(10)], marker="o", ms=3, **style,
+                   label=name.replace("\n", " ") if seed == config.seed else None)
     left.set(yscale="log", xlabel="images seen", ylabel="LeNet-FID")
     middle.set(yscale="log", xlabel="images seen", ylabel="norm of G's gradient, mean over an epoch")
-    right.set(xlabel="digit, by LeNet", ylabel="% of 10,000 samples", xticks=range(10)), right.legend(fontsize=7)
-    figure.suptitle(f"A GAN with four losses: {config.net}, {config.dataset} ({config.split}), {config.epochs} epochs")
+    right.set(xlabel="digit, by LeNet", ylabel="% of the samples", xticks=range(10)), right.legend(fontsize=8)
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"A GAN with different losses: {about}; seed {config.seed}, and {config.seed + 1} dashed")
     run.picture("compare", figure)
     run.at["done"] = config.epochs
-    run.finish(**{f"{loss}, seed {seed}/{key.split('/')[1]}": of[-1][key] for (loss, seed), of in rows.items()
+    run.finish(**{f"{name}, seed {seed}/{key.split('/')[1]}".replace("\n", " "): of[-1][key] for (name, seed), of in rows.items()
                   for key in ("eval/fid", "eval/digit_kl", "eval/digit_min", "train/grad_norm_G")})
 
 
@@ -240,7 +256,8 @@ def main(config):
     parts = start(config, shape, device)
     nets = parts["nets"]
     if config.benchmark:
-        return shared.benchmark(lambda: train_step(*parts.values(), x_train[:per_step(config)], config), per_step(config), config)
+        return shared.benchmark(lambda: train_step(*parts.values(), x_train[:per_step(config)], config),
+                                per_step(config), config)
     first, losses = 0, torch.zeros(len(LOSSES), device=device)
     if checkpoint:
         for name, part in parts.items():

@@ -164,13 +164,15 @@ def main(config):
     parts = {"nets": nets} | {f"opt_{name}": torch.optim.Adam(
         nets[name].parameters(), config.lr, (0.5, 0.999), weight_decay=config.weight_decay, fused=True) for name in "DGE"}
     if config.benchmark:
-        return shared.benchmark(lambda: train_step(*parts.values(), x_train[:config.batch_size], config), config.batch_size, config)
+        return shared.benchmark(lambda: train_step(*parts.values(), x_train[:config.batch_size], config),
+                                config.batch_size, config)
     first, losses = 0, torch.zeros(len(LOSSES), device=device)  # steps behind us in this epoch, and their losses
     if checkpoint:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         first, losses = checkpoint["step"], checkpoint["losses"].to(device)
-    run, seen = shared.Run(config, device, sum(p.numel() for p in nets.parameters()), checkpoint), maps(nets, config, x_train)
+    run = shared.Run(config, device, sum(p.numel() for p in nets.parameters()), checkpoint)
+    seen = maps(nets, config, x_train)
 
     def save(step):
         run.save("checkpoint.pt", step=step, losses=losses, **{name: part.state_dict() for name, part in parts.items()})

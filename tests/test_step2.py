@@ -51,7 +51,7 @@ def test_sizes_of_E_and_G(module):
 
 def test_gan_sizes_and_images():
     for net, size in (("mlp", 784 * 1024 + 1024 ** 2 + 1024 + 2049), ("dcgan", 64 * 16 + 64 + 128 * 64 * 16 + 128 + 128 * 49 + 1)):
-        nets = gan.build(gan.Config(net=net), (1, 28, 28))
+        nets = gan.build(gan.Config(net=net, norm="none"), (1, 28, 28))
         assert sum(p.numel() for p in nets["D"].parameters()) == size
         assert nets["D"](nets["G"](torch.randn(3, 50))).shape == (3, 1)
         nets = gan.build(gan.Config(net=net), (3, 32, 32))
@@ -176,6 +176,16 @@ def test_what_a_gan_step_moves(loss):
         torch.testing.assert_close(mean, decay * old + (1 - decay) * new)
 
 
+def test_spectral_norm():
+    torch.manual_seed(0)
+    nets = gan.build(gan.Config(), (1, 28, 28))
+    for _ in range(30):  # power iterations
+        nets["D"](torch.rand(2, 784))
+    for layer in nets["D"][::2]:
+        assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(1, abs=0.02)
+    assert gan.Config.recipes["loss", "r1"] == {"norm": "none"}
+
+
 def test_a_collapse_is_said():
     row = {f"eval/digit_{i}": 10.0 for i in range(10)}
     assert gan.verdict(row).startswith("not collapsed")
@@ -200,7 +210,7 @@ def test_comparison(command, tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/gan_mnist/c"
     summary = json.loads((folder / "summary.json").read_text())
-    for row in (f"{loss}, seed {seed}" for loss in gan.LOSS for seed in (0, 1)):
+    for row in (f"{name}, seed {seed}".replace("\n", " ") for name in gan.VARIANTS for seed in (0, 1)):
         assert {f"{row}/{key}" for key in ("fid", "digit_kl", "digit_min", "grad_norm_G")} <= summary.keys()
         assert f"{row}: LeNet-FID {summary[row + '/fid']:.1f}, " in done.stdout
     assert {path.name for path in folder.glob("*.png")} == {"compare.png", "samples.png"}
