@@ -380,7 +380,8 @@ def untrained(config, data, maps):
 def benchmark(step, images, config):
     """Print the median time of step(), a training step on so many images."""
     from torch.utils.benchmark import Timer
-    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=5)
+    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads()).blocked_autorange(
+        min_run_time=0.2 if config.smoke else 5)
     print(f"--matmul {config.matmul}: {1e3 * timer.median:.1f} ms per step (interquartile range {1e3 * timer.iqr:.1f}), "
           f"{images / timer.median:.0f} images/s")
 

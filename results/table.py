@@ -26,8 +26,10 @@ NAMES = {"recon_mse": "test MSE", "identity": "identity %", "fid": "LeNet-FID", 
 NAMES |= {f"{a}_acc_{b}": f"{label} {b}" for a, label in (("knn", "1-NN"), ("svm", "SVM"), ("mlp", "MLP"))
           for b in ("short", "long")}
 NAMES |= {"digit_kl": "KL of digits", "digit_min": "rarest digit %", "grad_norm_G": "‖gradient of G‖"}
-NAMES |= {f"digit_{i}": f"{i} %" for i in range(10)}
-TOGETHER = ("autoencoder_mnist", "latent_regressor_mnist", "bigan_mnist", "alae_mnist", "train_fc_alae")  # E and G of one size
+TOGETHER = {"linear autoencoders": ("linear_alae", "linear_latent_regressor"),  # one table for several experiments
+            "nonlinear autoencoders: E 784-1024-1024-50, G 50-1024-1024-784": (
+                "autoencoder_mnist", "latent_regressor_mnist", "bigan_mnist", "alae_mnist", "train_fc_alae")}
+ELSEWHERE = ("pca_gd", "compare_autoencoders")  # not in the README, which names where they are
 
 
 def summaries(folder):
@@ -41,7 +43,7 @@ def read(path):
     """A run's summary; exit 2 unless the file is one."""
     try:
         summary = json.loads(path.read_text())
-        return {"status": summary["status"], "experiment": summary["experiment"], "run": summary["run"]} | summary
+        return {"setting": ""} | {key: summary[key] for key in ("status", "experiment", "run")} | summary
     except FileNotFoundError:
         fail(f"{path.parent}: no summary.json there")
     except (OSError, ValueError, KeyError, TypeError):
@@ -67,6 +69,13 @@ def collect(run):
     print(target)
 
 
+def kind_of(s):
+    """The table to which a summary belongs."""
+    if "ablate True" in s["setting"] or "compare True" in s["setting"]:
+        return f"{s['experiment']}, one thing changed at a time"
+    return next((kind for kind, members in TOGETHER.items() if s["experiment"] in members), s["experiment"])
+
+
 def cell(metric, values):
     """mean ± std, with as many digits as make sense."""
     if metric.endswith(("_short", "_long", "identity", "fid", "seconds")):
@@ -80,25 +89,24 @@ def cell(metric, values):
 
 
 def tables(found):
-    """Markdown: one table an experiment, but one for all of TOGETHER, one row a setting, and the commands, times and
-    hardware below it."""
+    """Markdown: a table for an experiment or several, a row a setting, and the commands, times and hardware below it."""
     text = []
-    kinds = ["Methods compared: E 784-1024-1024-50, G 50-1024-1024-784" if s["experiment"] in TOGETHER else s["experiment"]
-             + ", ablation" * ("ablate True" in s.get("setting", "")) + ", losses" * ("compare True" in s.get("setting", ""))
-             for s in found]
+    kinds = [kind_of(s) for s in found]
     for kind in sorted(set(kinds)):
         groups = {}
         for s in (s for s, of in zip(found, kinds) if of == kind):
             unit = "epochs" if "epochs" in s else "steps"
-            place, of = (TOGETHER.index(s["experiment"]), f"{s['experiment']}, ") if s["experiment"] in TOGETHER else (0, "")
-            group = s["dataset"], s["split"], place, s[unit], of + f"{s[unit]} {unit}" + (f", {s['setting']}" if s["setting"] else "")
+            members = TOGETHER.get(kind, ())
+            name = ", ".join([s["experiment"]] * bool(members) + [f"{s[unit]} {unit}"] + [s["setting"]] * bool(s["setting"]))
+            place = members.index(s["experiment"]) if members else 0
+            group = s["dataset"], s["split"], place, s[unit], name
             groups.setdefault(group, {})[s["seed"]] = s
         rows, notes = [], []
         for (dataset, split, _, _, setting), runs in sorted(groups.items()):
             runs, lines = list(runs.values()), {}
             for key in dict.fromkeys(key for s in runs for key in s if "/" in key):
                 row, metric = key.rsplit("/", 1)
-                if row not in ("train", "perf"):
+                if row not in ("train", "perf") and not re.fullmatch(r"digit_\d", metric):
                     lines.setdefault(row, {})[metric] = cell(metric, [s[key] for s in runs if key in s])
             for row, cells in sorted(lines.items(), key=lambda line: line[0] != "eval"):
                 n = sum(any(key.startswith(f"{row}/") for key in s) for s in runs)
@@ -121,7 +129,8 @@ def tables(found):
 
 def readme(text):
     """The README with the committed test results on MNIST between its markers."""
-    found = [s for s in summaries(ROOT / "results") if s["dataset"] == "mnist" and s["split"] != "val"]
+    found = [s for s in summaries(ROOT / "results") if s["dataset"] == "mnist" and s["split"] != "val"
+             and s["experiment"] not in ELSEWHERE and "one thing" not in kind_of(s)]
     return re.sub(r"(<!-- results -->\n).*?(<!-- /results -->)", lambda m: m[1] + tables(found) + m[2], text, flags=re.S)
 
 
