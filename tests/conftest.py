@@ -1,9 +1,11 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("step1_linear", "step2_gan", "step3_official_alae", "results"))]
@@ -23,3 +25,25 @@ def command(tmp_path):
         return subprocess.run([sys.executable, str(ROOT / file), *map(str, args), *extra], cwd=cwd, text=True,
                               env=ENVIRONMENT | environment, capture_output=True, timeout=300)
     return run
+
+
+def train_here(patch, module, *args):
+    """Runs an experiment in this process; patch: pytest's monkeypatch."""
+    patch.setattr(sys, "argv", [module.__file__, *args])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        module.main(module.shared.parse_config(module.Config))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+    if isinstance(a, (dict, list, tuple)):
+        for i in a if isinstance(a, dict) else range(len(a)):
+            assert_same(a[i], b[i])
+    else:
+        assert a.equal(b) if isinstance(a, torch.Tensor) else a == b

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, FC_ALAE, ROOT
+from conftest import ENVIRONMENT, FC_ALAE, ROOT, assert_same, train_here
 from torch import nn
 
 import shared
@@ -123,25 +123,8 @@ def test_ema():
     assert all((p == 0.25).all() for p in parts["averaged"].parameters())
 
 
-def train(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", [FC_ALAE, *args])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        alae.main(shared.parse_config(alae.Config))
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def assert_same(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-    if isinstance(a, (dict, list, tuple)):
-        for i in a if isinstance(a, dict) else range(len(a)):
-            assert_same(a[i], b[i])
-    else:
-        assert a.equal(b) if isinstance(a, torch.Tensor) else a == b
+def train(patch, *args):
+    train_here(patch, alae, *args)
 
 
 @pytest.fixture(scope="module")

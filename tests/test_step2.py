@@ -3,11 +3,10 @@ import csv
 import json
 import os
 import signal
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, assert_same, train_here
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -293,32 +292,11 @@ def test_alae_losses():
 
 # All of them
 
-def train(patch, module, *args):
-    patch.setattr(sys, "argv", [f"step2_gan/{module.__name__}.py", *args])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        module.main(shared.parse_config(module.Config))
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def assert_same(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-    if isinstance(a, (dict, list, tuple)):
-        for i in a if isinstance(a, dict) else range(len(a)):
-            assert_same(a[i], b[i])
-    else:
-        assert a.equal(b) if isinstance(a, torch.Tensor) else a == b
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_ctrl_c_in_an_epoch_saves_and_resumes(name, tmp_path, monkeypatch, capsys):
     module, tick = FILES[name], shared.Run.tick
     extra = ["--smoke", "--epochs", "2", "--batch-size", "128", "--out-dir", str(tmp_path)]
-    train(monkeypatch, module, *extra, "--run-name", "straight")
+    train_here(monkeypatch, module, *extra, "--run-name", "straight")
     folder = tmp_path / name / "stopped"
 
     def tick_then_signal(run, *args):
@@ -329,9 +307,9 @@ def test_ctrl_c_in_an_epoch_saves_and_resumes(name, tmp_path, monkeypatch, capsy
     with monkeypatch.context() as patch:
         patch.setattr(shared.Run, "tick", tick_then_signal)
         with pytest.raises(SystemExit) as stop:
-            train(patch, module, *extra, "--run-name", "stopped")
+            train_here(patch, module, *extra, "--run-name", "stopped")
     assert stop.value.code == 130 and f"--resume {folder / 'checkpoint.pt'}" in capsys.readouterr().err
-    train(monkeypatch, module, "--resume", str(folder / "checkpoint.pt"))
+    train_here(monkeypatch, module, "--resume", str(folder / "checkpoint.pt"))
     a, b = (torch.load(tmp_path / name / run / "checkpoint.pt", weights_only=True) for run in ("straight", "stopped"))
     for part in a.keys() - {"config", "run"}:
         assert_same(a[part], b[part])
@@ -342,14 +320,14 @@ def test_ctrl_c_in_an_epoch_saves_and_resumes(name, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("name", FILES)
 def test_benchmark(name, tmp_path, monkeypatch, capsys):
-    train(monkeypatch, FILES[name], "--smoke", "--benchmark", "--out-dir", str(tmp_path))
+    train_here(monkeypatch, FILES[name], "--smoke", "--benchmark", "--out-dir", str(tmp_path))
     words = capsys.readouterr().out.split()
     assert float(words[words.index("images/s") - 1]) > 100 and not list(tmp_path.iterdir())
 
 
 def test_references_do_not_change_the_training(tmp_path, monkeypatch):
     for run, extra in (("a", []), ("b", ["--references"])):
-        train(monkeypatch, lr, "--smoke", "--epochs", "1", *extra, "--out-dir", str(tmp_path), "--run-name", run)
+        train_here(monkeypatch, lr, "--smoke", "--epochs", "1", *extra, "--out-dir", str(tmp_path), "--run-name", run)
     a, b = (torch.load(tmp_path / "latent_regressor_mnist" / run / "model.pt", weights_only=True) for run in "ab")
     assert_same(a["E"], b["E"])
     assert b["run"]["rows"][0]["untrained/svm_acc_short"] > 50  # of a random last layer, though training starts at 0
