@@ -89,10 +89,9 @@ def build(config, shape):
     return nn.ModuleDict({"G": G, "D": D})
 
 
-def r1_penalty(D, x):
-    """‖∇ₓ D(x)‖², mean over the batch (arXiv 1801.04406)."""
-    x = x.detach().requires_grad_()
-    gradient, = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+def r1_penalty(real, x):
+    """‖∇ₓ D(x)‖², mean over the batch, from D's logits `real` of x (arXiv 1801.04406)."""
+    gradient, = torch.autograd.grad(real.sum(), x, create_graph=True)
     return gradient.square().sum(1).mean()
 
 
@@ -105,16 +104,21 @@ def gradient_penalty(D, x, x_fake, epsilon):
 
 def L_D(D, x, x_fake, config):
     """D's loss and its penalty, mean over the batch; x, x_fake (B, X)."""
-    real, fake, zero = D(x), D(x_fake), torch.zeros((), device=x.device)
+    x = x.detach().requires_grad_(config.loss == "r1")
+    real, fake, penalty = D(x), D(x_fake), torch.zeros((), device=x.device)
     if config.loss == "wgan_gp":
         epsilon = torch.rand(len(x), 1, device=x.device)
         return (fake - real).mean(), config.gp_weight * gradient_penalty(D, x, x_fake, epsilon)
-    return (softplus(-real) + softplus(fake)).mean(), config.gamma / 2 * r1_penalty(D, x) if config.loss == "r1" else zero
+    if config.loss == "r1":
+        penalty = config.gamma / 2 * r1_penalty(real, x)
+    return (softplus(-real) + softplus(fake)).mean(), penalty
 
 
 def L_G(fake, loss):
     """G's loss from D's logits of samples, mean over the batch."""
-    return {"minimax": lambda: -softplus(fake), "wgan_gp": lambda: -fake}.get(loss, lambda: softplus(-fake))().mean()
+    if loss == "wgan_gp":
+        return -fake.mean()
+    return -softplus(fake).mean() if loss == "minimax" else softplus(-fake).mean()
 
 
 def train_step(nets, averaged, opt_D, opt_G, x, config):

@@ -140,9 +140,10 @@ def test_what_reaches_the_generator_from_the_encoder(joint):
 # GANs
 
 def test_gradient_penalty_of_a_linear_critic():
-    a, (x, x_fake) = torch.randn(20, 1), torch.randn(2, 9, 20)
+    a, x, x_fake = torch.randn(20, 1), torch.randn(9, 20), torch.randn(9, 20)
     torch.testing.assert_close(gan.gradient_penalty(lambda x: x @ a, x, x_fake, torch.rand(9, 1)), (a.norm() - 1) ** 2)
-    torch.testing.assert_close(gan.r1_penalty(lambda x: x @ a, x), a.square().sum())
+    x.requires_grad_()
+    torch.testing.assert_close(gan.r1_penalty(x @ a, x), a.square().sum())
     quadratic = gan.gradient_penalty(lambda x: x.square().sum(1) / 2, x, x_fake, torch.full((9, 1), 0.25))  # its gradient is x̂
     torch.testing.assert_close(quadratic, ((0.25 * x + 0.75 * x_fake).norm(dim=1) - 1).square().mean())
 
