@@ -249,6 +249,16 @@ def test_an_autoencoder_moves_both_and_measures_against_the_clean_image(loss):
     assert (kl > 0) == (loss == "vae")
 
 
+def test_the_vae_draws_codes_of_the_encoders_standard_deviation():
+    torch.manual_seed(0)
+    config = ae.Config(loss="vae", latent_dim=5)
+    nets, codes = ae.build(config, 20), []
+    nn.init.zeros_(nets["E"][-1].weight), nets["E"][-1].bias.data.copy_(torch.tensor([3.0, 4.0]).log().repeat_interleave(5) * 2)
+    nets["G"].register_forward_hook(lambda _, args, __: codes.append(args[0].detach()))
+    ae.train_step(nets, adam(nets), torch.rand(4000, 20), config)  # μ = 2 log 3, log s² = 2 log 4
+    assert codes[0].mean().item() == pytest.approx(2.197, abs=0.1) and codes[0].std().item() == pytest.approx(4, rel=0.03)
+
+
 def test_samples_of_an_autoencoder_have_the_codes_moments():
     config = ae.Config(latent_dim=5)
     nets, x = ae.build(config, 20), torch.rand(500, 20)
@@ -267,6 +277,13 @@ def test_what_each_step_of_alae_moves():
     seen = watch(nets, **opts)
     alae.train_step(nets, *opts.values(), torch.rand(8, 20), config)
     assert seen == [("opt_ED", {"E", "D"}), ("opt_FG", {"F", "G"}), ("opt_EG", {"E", "G"})]
+
+
+def test_the_critic_is_not_affine():
+    torch.manual_seed(0)
+    D = alae.build(alae.Config(latent_dim=5), 20)["D"]
+    a, b = torch.randn(2, 5)
+    assert (D(a) + D(b) - D(a + b) - D(0 * a)).abs() > 1e-2
 
 
 def test_runtime_equalized_layer():
