@@ -11,14 +11,14 @@ G: z → x generates from z ~ N(0, I); D's logits tell data from samples. D mini
     python step2_gan/gan_mnist.py                          # non-saturating, D with spectral normalization, 20 epochs
     python step2_gan/gan_mnist.py --loss r1
     python step2_gan/gan_mnist.py --net dcgan              # convolutions
-    python step2_gan/gan_mnist.py --compare --epochs 5     # every loss, two seeds each
+    python step2_gan/gan_mnist.py --compare --epochs 5 --lr 0.001    # every loss, two seeds each, alike in all else
     python step2_gan/gan_mnist.py --resume runs/gan_mnist/NAME/checkpoint.pt --epochs 100
 
 Results: README.
 
 Deviations from the papers:
- 1. All losses share one optimizer, Adam 0.002 with β = (0, 0.999), so that the loss is all that differs. DCGAN (1511.06434)
-    has 2e-4, (0.5, 0.999), WGAN-GP 1e-4, (0, 0.9), R1 RMSprop 1e-4; on val the larger one was far better with R1.
+ 1. Adam 0.002 (0.001 with a penalty), β = (0, 0.999). DCGAN (1511.06434) has 2e-4, (0.5, 0.999), WGAN-GP 1e-4, (0, 0.9),
+    R1 RMSprop 1e-4; on val the larger ones are far better. With R1, 0.002 is too much: it may diverge after some epochs.
  2. Without a penalty D gets spectral normalization (1802.05957), which came after the two losses: plain, on fully connected
     nets, both lose digits (--compare shows it; --norm none).
  3. z ~ N(0, I) with 50 dimensions, as in the other files; G has batch norm, D has none, which both penalties need.
@@ -53,8 +53,8 @@ class Config(shared.Protocol):
     loss: str = option("non_saturating", "what D and G minimise", choices=LOSS)
     net: str = option("mlp", "G 50-1024-1024-784 and D 784-1024-1024-1, or convolutions", choices=("mlp", "dcgan"))
     norm: str = option("spectral", "of D's weights: to spectral norm 1 (1802.05957), or none", choices=("none", "spectral"))
-    lr: float = option(0.002, "learning rate of Adam (ALAE's; chosen on val)", low=1e-9)
-    beta1: float = option(0.0, "β₁ of Adam (ALAE's; chosen on val), β₂ = 0.999", low=0, high=0.999)
+    lr: float = option(0.002, "learning rate of Adam (chosen on val; r1, wgan_gp: 0.001)", low=1e-9)
+    beta1: float = option(0.0, "β₁ of Adam (ALAE's, chosen on val; β₂ = 0.999)", low=0, high=0.999)
     gamma: float = option(10.0, "weight γ of R1 (1801.04406)", low=0)
     gp_weight: float = option(10.0, "weight λ of WGAN-GP's penalty (1704.00028)", low=0)
     critic_steps: int = option(0, "steps of D for one of G; 0: 5 for wgan_gp (1704.00028), 1 for the others", low=0)
@@ -65,7 +65,7 @@ class Config(shared.Protocol):
     compare: bool = option(False, "train with every loss, from --seed and the next, without spectral norm, and compare them")
     resume: str = option("", "checkpoint.pt to go on from")
     benchmark: bool = option(False, "measure the speed of a training step, and stop")
-    recipes = {("loss", loss): {"norm": "none"} for loss in ("r1", "wgan_gp")}  # their penalties do what it is for
+    recipes = {("loss", loss): {"norm": "none", "lr": 0.001} for loss in ("r1", "wgan_gp")}  # the penalty does what norm is for
 
 
 # B batch, Z = latent_dim, X = pixels (784), H = 1024

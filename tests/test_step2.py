@@ -183,7 +183,8 @@ def test_spectral_norm():
         nets["D"](torch.rand(2, 784))
     for layer in nets["D"][::2]:
         assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(1, abs=0.02)
-    assert gan.Config.recipes["loss", "r1"] == {"norm": "none"}
+    config = shared.parse_config(gan.Config, ["--loss", "r1", "--lr", "0.5"])
+    assert (config.norm, config.lr) == ("none", 0.5) and shared.parse_config(gan.Config, []).norm == "spectral"
 
 
 def test_a_collapse_is_said():
