@@ -14,14 +14,18 @@ Algorithm 1, each step on a fresh z ~ N(0, I) and with an optimizer of its own:
 Results: README.
 
 What the paper says (here) against what its code does (step3_official_alae/train_fc_alae.py):
- 1. Three optimizers, each with moments of its own; the code has two, for (E, D) and (F, G), and steps both in step III.
- 2. Step III moves E and G alone; in the code F moves as well (its target is detached, its input is not), and D drifts.
- 3. "Adam with equalized learning rate" (PGGAN §4.1): weights ŵ ~ N(0, 1), scaled at run time by the He constant of their
-    layer, under torch.optim.Adam; the code's LREQAdam is the same in its effect.
+ 1. Three optimizers, each with moments of its own: Adam being scale-free, L_err moves E and G as fast as the adversarial
+    losses do. The code has two, for (E, D) and (F, G), and steps both in step III with the moments of steps I and II.
+ 2. Step III moves E and G alone; in the code F moves as well (its target is detached, its input is not), and so does D,
+    whose zero gradients only shrink its second moment.
+ 3. Equalized learning rate as in PGGAN: weights ŵ ~ N(0, 1), scaled at run time by the He constant of their layer, under
+    torch.optim.Adam; the code's LREQAdam is the same in its effect, but for ε.
  4. D is a network, with leaky ReLU between its layers; the code's D is a product of three matrices, hence linear.
  5. E ends in a linear layer, so that w is unbounded; the code's E ends in a leaky ReLU.
+ 6. Learning rate 0.004 and batch 64 (val: README); the code has 0.002 and 128.
 
-Deviations from the paper:
+What the paper leaves open is the code's, as named fields or in the networks: pixel norm of z, F's six layers, the lower
+learning rate of F and D, β = (0, 0.99), slope 0.2, averaged weights, and L_err as a mean over the dimensions of w.
 """
 import copy
 import math
@@ -41,13 +45,12 @@ from shared import option
 @dataclass
 class Config(shared.Protocol):
     epochs: int = option(20, "passes over the training images (official code: 600)", low=1)
-    batch_size: int = option(64, "images per step", low=1)
-    lr: float = option(0.004, "learning rate of the three optimizers", low=1e-9)
+    batch_size: int = option(64, "images per step (chosen on val; official code: 128)", low=1)
+    lr: float = option(0.004, "learning rate of the three optimizers (chosen on val; official code: 0.002)", low=1e-9)
     latent_dim: int = option(50, "dimension of z and of w (§6.1)", low=1)
-    lrmul: float = option(0.1, "learning rate of F and D over that of E and G", low=1e-9)
+    lrmul: float = option(0.1, "learning rate of F and D over that of E and G (mnist_fc.yaml)", low=1e-9)
     gamma: float = option(10.0, "weight γ of R1 (algorithm 1)", low=0)
-    err_weight: float = option(1.0, "weight of L_err", low=0)
-    ema: float = option(10_000.0, "half-life, in images, of the averaged weights", low=1)
+    ema: float = option(10_000.0, "half-life, in images, of the averaged weights (train_alae.py)", low=1)
     eval_weights: str = option("ema", "evaluate the averaged or the raw weights", choices=("raw", "ema"))
     eval_every: int = option(5, "epochs between cheap evaluations, and pictures", low=1)
     references: bool = option(False, "score raw pixels and the untrained encoder too, for the tables (a minute)")
@@ -128,7 +131,7 @@ def train_step(nets, opt_ED, opt_FG, opt_EG, x, config):
         w = F(z_III)  # (B, W)
     loss_err = L_err_EG(E, G, w)
     opt_EG.zero_grad()
-    (config.err_weight * loss_err).backward(inputs=EG)
+    loss_err.backward(inputs=EG)
     opt_EG.step()
     return torch.stack([loss_ED, loss_FG, loss_err, r1]).detach()
 
