@@ -195,6 +195,8 @@ class Run:
         self.at = {"id": uuid.uuid4().hex[:8], "done": 0, "steps": 0, "images": 0, "wall_s": 0, "rows": [], "commands": []}
         if checkpoint:
             self.at, self.dir = checkpoint["run"], Path(config.resume).absolute().parent
+            if self.done > getattr(config, "epochs", self.done):
+                fail(f"--epochs {config.epochs}: {config.resume} has {self.done} already")
             for restore, state in zip((torch.set_rng_state, torch.cuda.set_rng_state_all), checkpoint["random"]):
                 restore(state)
         else:
@@ -208,8 +210,8 @@ class Run:
                      else f"cannot write {self.dir}: {error.strerror}")
         self.at["commands"].append(f"python {file.parent.name}/{file.name} {shlex.join(sys.argv[1:])}".strip())
         self.born, config.run_name = time.time() - self.at["wall_s"], self.dir.name
-        git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude='*'", shell=True, cwd=ROOT, capture_output=True,
-                             text=True).stdout
+        git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude='*'", shell=True, cwd=ROOT, text=True,
+                             capture_output=True).stdout
         cpu = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
         usual = {f.name: f.default for f in fields(config)}
         usual |= {k: v for pair in asdict(config).items() for k, v in config.recipes.get(pair, {}).items()}
@@ -341,7 +343,7 @@ def mlp_accuracy(train, y_train, test, y_test, epochs=20, width=128):
     """% right of an MLP with one hidden layer on standardised features (Adam 1e-3, batch 250; seed 0, always)."""
     mean, std, generator = train.mean(0), train.std(0) + 1e-6, torch.Generator(train.device).manual_seed(0)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # the CPU's alone, where the net begins
         net = nn.Sequential(nn.Linear(train.shape[1], width), nn.ReLU(), nn.Linear(width, int(y_train.max()) + 1))
     optimizer = torch.optim.Adam(net.to(train.device).parameters(), fused=True)
     for i in (i for _ in range(epochs) for i in batches(len(train), min(250, len(train)), generator)):
@@ -375,7 +377,7 @@ def untrained(config, data, maps):
     """The row before training: the cheap metrics; with --references all of the untrained encoder's and of raw pixels."""
     row = evaluate(config, data, maps, full=False)
     return row | (evaluate(config, data, maps, full=True, prefix="untrained") | accuracies("short", *data[:4], prefix="pixels")
-                  if config.references else {})
+                  if config.references and data[1] is not None else {})
 
 def benchmark(step, images, config):
     """Print the median time of step(), a training step on so many images."""
@@ -436,9 +438,9 @@ def draw(run, data, maps, panels, title):
     t = torch.linspace(0, 1, 10, device=u.device)[:, None]
     between = maps["decode"](((1 - t) * codes[:8, None] + t * codes.flip(0)[:8, None]).flatten(0, 1))
     picture("interpolations", between, 10, f"G on the way between two {'test codes' if 'encode' in maps else 'z'}")
-    rows = {key: [(row[run.unit], row[key]) for row in run.rows if key in row] for keys in panels.values() for key in keys}
-    run.picture("curves", curves({ylabel: {key.split("/")[1]: zip(*rows[key]) for key in keys if rows[key]}
-                                  for ylabel, keys in panels.items()}, run.unit, title))
+    lines = {ylabel: {key.split("/")[1]: zip(*points) for key in keys if (points := [
+        (row[run.unit], row[key]) for row in run.rows if key in row])} for ylabel, keys in panels.items()}
+    run.picture("curves", curves({ylabel: line for ylabel, line in lines.items() if line}, run.unit, title))
 
 def curves(panels, xlabel, title, **scales):
     """A figure with a panel for each {ylabel: {label: (xs, ys[, format])}}; scales: xscale, yscale."""

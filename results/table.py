@@ -78,7 +78,7 @@ def kind_of(s):
 
 def cell(metric, values):
     """mean ± std, with as many digits as make sense."""
-    if metric.endswith(("_short", "_long", "identity", "fid", "seconds")):
+    if metric.endswith(("_short", "_long", "identity", "fid", "seconds", "digit_min")):
         digits = "{:.2f}"
     elif metric == "steps":
         digits = "{:.0f}"

@@ -89,11 +89,12 @@ def build(config, X):
 
 
 def L_adv_ED(D, E, x, x_fake, gamma):
-    """softplus(D(E(x_fake))) + softplus(−D(E(x))), mean over the batch, and R1."""
+    """softplus(D(E(x_fake))) + softplus(−D(E(x))) + γ/2 ‖∇ₓ D(E(x))‖², mean over the batch, and its last term."""
     x = x.detach().requires_grad_()
     real, fake = D(E(x)), D(E(x_fake))  # (B, 1)
     gradient, = torch.autograd.grad(real.sum(), x, create_graph=True)  # (B, X)
-    return (softplus(fake) + softplus(-real)).mean(), gamma / 2 * gradient.square().sum(1).mean()
+    r1 = gamma / 2 * gradient.square().sum(1).mean()
+    return (softplus(fake) + softplus(-real)).mean() + r1, r1
 
 
 def L_adv_FG(D, E, x_fake):
@@ -117,7 +118,7 @@ def train_step(nets, opt_ED, opt_FG, opt_EG, x, config):
         x_fake = G(F(z_I))
     loss_ED, r1 = L_adv_ED(D, E, x, x_fake, config.gamma)
     opt_ED.zero_grad()
-    (loss_ED + r1).backward(inputs=ED)
+    loss_ED.backward(inputs=ED)
     opt_ED.step()
 
     # Step II: the generator G∘F moves against it.
@@ -170,8 +171,10 @@ def main(config):
         return torch.optim.Adam([p for name in names for p in nets[name].parameters()], config.lr, (0.0, 0.99), fused=True)
     opts = {"opt_ED": adam("E", "D"), "opt_FG": adam("F", "G"), "opt_EG": adam("E", "G")}
     if config.benchmark:
-        return shared.benchmark(lambda: train_step(nets, *opts.values(), x_train[:config.batch_size], config),
-                                config.batch_size, config)
+        def step():
+            train_step(nets, *opts.values(), x_train[:config.batch_size], config)
+            update_ema(averaged, nets, 0.5 ** (config.batch_size / config.ema))
+        return shared.benchmark(step, config.batch_size, config)
     parts = {"nets": nets, "averaged": averaged} | opts
     first, losses = 0, torch.zeros(len(LOSSES), device=device)  # steps behind us in this epoch, and their losses
     if checkpoint:

@@ -13,10 +13,10 @@
 Results: README.
 
 Deviations from the paper's comparison (ALAE §6.1, BiGAN §4.2), whose autoencoders are not described in detail:
- 1. E and G are ALAE's fully connected nets, leaky ReLU 0.2, without batch norm. Their first layers are He-initialised.
+ 1. E and G are ALAE's fully connected nets, leaky ReLU 0.2, without batch norm, He-initialised.
  2. Adam 0.001, β = (0.9, 0.999), batch 128: PyTorch's defaults; BiGAN's code has no autoencoder.
  3. A plain autoencoder has no prior. Its samples are G of a Gaussian with mean and covariance of the training codes.
- 4. The VAE's short features are μ, and its reconstruction is G(μ).
+ 4. The VAE's short features are μ; its reconstructions G(μ) and samples G(z) are the means of p, not draws from it.
 """
 import sys
 from dataclasses import dataclass
@@ -100,9 +100,9 @@ def maps(nets, config, x_train):
         z = torch.randn(n, Z, generator=torch.Generator().manual_seed(0)).to(x_train.device)
         if config.loss == "vae":
             return z
-        codes = shared.in_chunks(E, x_train)  # a singular covariance has a root all the same
-        values, vectors = torch.linalg.eigh(codes.T.cov())
-        return codes.mean(0) + (z * values.clamp(min=0).sqrt()) @ vectors.T
+        codes = shared.in_chunks(E, x_train)
+        values, vectors = torch.linalg.eigh(codes.T.cov().view(Z, Z).cpu())  # unlike Cholesky's, good for a singular one
+        return codes.mean(0) + z @ (vectors * values.clamp(min=0).sqrt()).T.to(z)
     return {"encode": encode, "decode": lambda z: sigmoid(G(z)), "prior": prior, "short": encode, "long": E[:4]}
 
 
@@ -144,6 +144,7 @@ def main(config):
                 save(step)
                 run.leave()
         row = {"epoch": epoch} | {name: run.finite(loss / steps) for name, loss in zip(LOSSES, losses)}
+        config.loss == "vae" or row.pop("train/KL")
         first, losses = 0, torch.zeros_like(losses)
         if looked := epoch % config.eval_every == 0 or epoch == config.epochs:
             row |= shared.evaluate(config, data, seen, full=False)

@@ -16,7 +16,8 @@ Results: README.
 Deviations from the paper (P) or its code (C, github.com/jeffdonahue/bigan, train_mnist.sh):
  1. P, C: 200 epochs, then 200 in which the learning rate decays exponentially to 1 %; here 25 by default, which fit a CPU
     (--epochs 400 has the same schedule).
- 2. C: D's loss and that of E and G are halved. Adam does not care, but for its ε and the weight decay.
+ 2. C: D's loss and that of E and G are halved, which Adam undoes but for ε and the relative weight decay; D's last layer
+    starts at 0, here at N(0, 0.02²) as all others; batch norm has ε 1e-8, here PyTorch's 1e-5.
  3. Reconstructions are G(2σ(E(x)) − 1), from a deterministic E, as in P's figures.
 """
 import sys
@@ -118,8 +119,8 @@ LOSSES = ("train/L_D", "train/L_EG")
 
 
 def learning_rate(config, epoch):
-    """Constant, then falling exponentially to 1 % in 200 epochs; for the epochs 1, 2, …"""
-    return config.lr * 0.01 ** (max(0, epoch - 1 - config.constant_epochs) / 200)
+    """Constant, then falling exponentially, to 1 % in the 200th epoch after; for the epochs 1, 2, …"""
+    return config.lr * 0.01 ** (max(0, epoch - config.constant_epochs) / 200)
 
 
 @torch.no_grad()

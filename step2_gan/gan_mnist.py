@@ -11,7 +11,7 @@ G: z → x generates from z ~ N(0, I); D's logits tell data from samples. D mini
     python step2_gan/gan_mnist.py                          # non-saturating, D with spectral normalization, 20 epochs
     python step2_gan/gan_mnist.py --loss r1
     python step2_gan/gan_mnist.py --net dcgan              # convolutions
-    python step2_gan/gan_mnist.py --compare --epochs 5 --lr 0.001    # every loss, two seeds each, alike in all else
+    python step2_gan/gan_mnist.py --compare                # every loss, two seeds each, 5 epochs, lr 0.001
     python step2_gan/gan_mnist.py --resume runs/gan_mnist/NAME/checkpoint.pt --epochs 100
 
 Results: README.
@@ -23,7 +23,8 @@ Deviations from the papers:
     nets, both lose digits (--compare shows it; --norm none).
  3. z ~ N(0, I) with 50 dimensions, as in the other files; G has batch norm, D has none, which both penalties need.
  4. Samples come from an average of G's weights, as in PGGAN and ALAE (--eval-weights raw).
- 5. --net dcgan is DCGAN's idea for 28×28: two strided convolutions each.
+ 5. --net dcgan is DCGAN's idea for 28×28: two strided convolutions each. Layers start as PyTorch has it, not at N(0, 0.02²).
+ 6. 1406.2661 itself has maxout and dropout in D, and SGD with momentum.
 """
 import copy
 import dataclasses
@@ -42,7 +43,7 @@ from shared import option
 
 LOSS = ("minimax", "non_saturating", "r1", "wgan_gp")
 VARIANTS = {"minimax": {"loss": "minimax", "norm": "none"}, "non-saturating": {"loss": "non_saturating", "norm": "none"},
-            "non-saturating,\nspectral norm": {"loss": "non_saturating", "norm": "spectral"},
+            "non-saturating, spectral norm": {"loss": "non_saturating", "norm": "spectral"},
             "R1": {"loss": "r1", "norm": "none"}, "WGAN-GP": {"loss": "wgan_gp", "norm": "none"}}
 
 
@@ -59,13 +60,14 @@ class Config(shared.Protocol):
     gp_weight: float = option(10.0, "weight λ of WGAN-GP's penalty (1704.00028)", low=0)
     critic_steps: int = option(0, "steps of D for one of G; 0: 5 for wgan_gp (1704.00028), 1 for the others", low=0)
     latent_dim: int = option(50, "dimension of z", low=1)
-    ema: float = option(10_000.0, "half-life, in images, of G's averaged weights (1710.10196 §A.1: PGGAN)", low=1)
+    ema: float = option(10_000.0, "half-life, in images, of G's averaged weights (ALAE's: train_alae.py)", low=1)
     eval_weights: str = option("ema", "evaluate the averaged or the raw weights", choices=("raw", "ema"))
     eval_every: int = option(2, "epochs between evaluations, and pictures", low=1)
-    compare: bool = option(False, "train with every loss, from --seed and the next, without spectral norm, and compare them")
+    compare: bool = option(False, "train with every loss, from --seed and the next, and compare them")
     resume: str = option("", "checkpoint.pt to go on from")
     benchmark: bool = option(False, "measure the speed of a training step, and stop")
     recipes = {("loss", loss): {"norm": "none", "lr": 0.001} for loss in ("r1", "wgan_gp")}  # the penalty does what norm is for
+    recipes |= {("compare", True): {"epochs": 5, "lr": 0.001}}
 
 
 # B batch, Z = latent_dim, X = pixels (784), H = 1024
@@ -155,8 +157,8 @@ LOSSES = ("train/L_D", "train/L_G", "train/penalty", "train/grad_norm_G")
 def maps(parts, config, device):
     """What shared.evaluate and shared.draw look at."""
     G = parts["averaged"] if config.eval_weights == "ema" else parts["nets"]["G"]
-    return {"decode": G.eval(), "prior": lambda n: torch.randn(n, config.latent_dim,
-                                                               generator=torch.Generator().manual_seed(0)).to(device)}
+    return {"decode": G, "prior": lambda n: torch.randn(n, config.latent_dim,
+                                                        generator=torch.Generator().manual_seed(0)).to(device)}
 
 
 def evaluate(parts, data, config):
@@ -164,10 +166,13 @@ def evaluate(parts, data, config):
     if config.dataset != "mnist":
         return {}
     seen, lenet = maps(parts, config, data[2].device), shared.lenet(data[2].device)
-    row = shared.evaluate(config, data, seen, full=True)
-    shares, target = (shared.judge(x.unflatten(1, data[4]), lenet).argmax(1).bincount(minlength=10).double() / len(x)
-                      for x in (shared.in_chunks(seen["decode"], seen["prior"](1000 if config.smoke else 10_000)), data[2]))
+    parts["nets"].eval()
+    samples = shared.in_chunks(seen["decode"], seen["prior"](1000 if config.smoke else 10_000)).unflatten(1, data[4])
     parts["nets"].train()
+    x = data[2].unflatten(1, data[4])
+    shares, target = (shared.judge(images, lenet).argmax(1).bincount(minlength=10).cpu().double() / len(images)
+                      for images in (samples, x))
+    row = {"eval/fid": shared.fid(x, samples)}
     row |= {"eval/digit_kl": torch.special.xlogy(shares, shares / target).sum().item(),
             "eval/digit_min": 100 * shares.min().item()}
     return row | {f"eval/digit_{i}": 100 * share for i, share in enumerate(shares.tolist())}
@@ -176,7 +181,7 @@ def evaluate(parts, data, config):
 def start(config, shape, device):
     """Networks and optimizers, by their names in the checkpoint."""
     nets = build(config, shape).to(device)
-    return {"nets": nets, "averaged": copy.deepcopy(nets["G"]).requires_grad_(False)} | {
+    return {"nets": nets, "averaged": copy.deepcopy(nets["G"]).requires_grad_(False).eval()} | {
         f"opt_{name}": torch.optim.Adam(nets[name].parameters(), config.lr, (config.beta1, 0.999), fused=True) for name in "DG"}
 
 
@@ -187,62 +192,70 @@ def per_step(config):
 
 def train(config, data, parts, run, done=0, first=0, losses=0, save=None):
     """Trains the parts from epoch `done` on, with `first` steps of the next behind us, and their losses; yields a row an
-    epoch. save(step, losses) is called when the user interrupts."""
+    epoch. save(step, losses) is called when the user interrupts. With --compare, a loss that turns NaN just ends it."""
     x_train, size = data[0], per_step(config)
     steps = len(x_train) // size
     for epoch in range(done + 1, config.epochs + 1):
         order = torch.Generator(x_train.device).manual_seed(1_000_003 * config.seed + epoch)
         for step, i in enumerate(shared.batches(len(x_train), size, order, skip=first), first + 1):
             losses = losses + train_step(*parts.values(), x_train[i], config)
-            run.tick(size, losses[0] / step, config.epochs * steps)
+            run.tick(size, 0 if config.compare else losses[0] / step, config.epochs * steps)
             if run.stop:
                 save(step, losses)
+        if config.compare and not losses.isfinite().all():
+            return
         row = {"epoch": epoch} | {name: run.finite(loss / steps) for name, loss in zip(LOSSES, losses)}
+        config.loss in ("r1", "wgan_gp") or row.pop("train/penalty")
         first, losses = 0, 0
         yield row | (evaluate(parts, data, config) if epoch % config.eval_every == 0 or epoch == config.epochs else {})
 
 
 def verdict(row):
     """Whether samples have collapsed, in words: digits that are less than 1 % of them."""
+    if "eval/digit_0" not in row:
+        return "diverged"
     lost = [str(i) for i in range(10) if row[f"eval/digit_{i}"] < 1]
     return f"collapsed, hardly any sample is a {', '.join(lost)}" if lost else "not collapsed, every digit is there"
 
 
 def compare(config, data, device, run):
-    """Trains the VARIANTS from two seeds; a line each, two pictures, and the last rows in the summary."""
-    rows, samples = {}, []
+    """Trains the VARIANTS from two seeds; a line each, two pictures, and a row of all of them for each epoch."""
+    rows, samples, verdicts = {}, [], {}
     for name, change in VARIANTS.items():
         for seed in (config.seed, config.seed + 1):
             torch.manual_seed(seed)
-            variant = dataclasses.replace(config, **change, seed=seed)
+            variant, of = dataclasses.replace(config, **change, seed=seed), f"{name}, seed {seed}"
             parts = start(variant, data[4], device)
-            rows[name, seed] = list(train(variant, data, parts, run, save=lambda *_: run.leave("start it again")))
-            last = rows[name, seed][-1]
-            print(f"{name}, seed {seed}: LeNet-FID {last['eval/fid']:.1f}, {verdict(last)}".replace("\n", " "), flush=True)
+            rows[of] = list(train(variant, data, parts, run, save=lambda *_: run.leave("start it again")))
+            verdicts[of] = verdict(rows[of][-1] if len(rows[of]) == config.epochs else {})
+            print(f"{of}: {verdicts[of]}", flush=True)
         seen = maps(parts, variant, device)
         samples.append(shared.in_chunks(seen["decode"], seen["prior"](10)))
-    about = f"{config.net}, {config.dataset} ({config.split}), {config.epochs} epochs"
-    run.picture("samples", shared.grid(torch.cat(samples).unflatten(1, data[4]), 10, f"Samples, seed {config.seed + 1}: {about}",
-                                       list(VARIANTS)))
+    for epoch in range(1, config.epochs + 1):
+        run.log({"epoch": epoch} | {
+            f"{of}/{key.split('/')[1]}": value for of in rows for row in rows[of] if row["epoch"] == epoch
+            for key, value in row.items() if key.startswith("eval/") or key == "train/grad_norm_G"})
 
-    figure, images = shared.Figure(figsize=(13, 3.8), layout="constrained"), len(data[0]) // config.batch_size * config.batch_size
-    left, middle, right = figure.subplots(1, 3)
-    for (name, seed), of in rows.items():
-        style = {"color": f"C{list(VARIANTS).index(name)}", "ls": "-" if seed == config.seed else "--"}
+    about = f"{config.net}, {config.dataset} ({config.split}), {config.epochs} epochs, learning rate {config.lr}"
+    run.picture("samples", shared.grid(torch.cat(samples).unflatten(1, data[4]), 10, f"Samples: {about}, seed {config.seed + 1}",
+                                       [name.replace(", ", ",\n") for name in VARIANTS]))
+    images = len(data[0]) // config.batch_size * config.batch_size
+    left, middle, right = (figure := shared.Figure(figsize=(13, 3.8), layout="constrained")).subplots(1, 3)
+    for of, run_rows in ((of, run_rows) for of, run_rows in rows.items() if run_rows):
+        name, first = of.rsplit(", seed", 1)[0], of.endswith(f"seed {config.seed}")
+        style = {"color": f"C{list(VARIANTS).index(name)}", "ls": "-" if first else "--", "label": name if first else None}
         for axes, key in ((left, "eval/fid"), (middle, "train/grad_norm_G")):
-            axes.plot(*zip(*((images * row["epoch"], row[key]) for row in of if key in row)), **style)
-        right.plot(range(10), [of[-1][f"eval/digit_{i}"] for i in range(10)], marker="o", ms=3, **style,
-                   label=name.replace("\n", " ") if seed == config.seed else None)
+            axes.plot(*zip(*((images * row["epoch"], row[key]) for row in run_rows if key in row)), **style)
+        if "eval/digit_0" in run_rows[-1]:
+            right.plot(range(10), [run_rows[-1][f"eval/digit_{i}"] for i in range(10)], marker="o", ms=3, **style)
     left.set(yscale="log", xlabel="images seen", ylabel="LeNet-FID")
     middle.set(yscale="log", xlabel="images seen", ylabel="norm of G's gradient, mean over an epoch")
-    right.set(xlabel="digit, by LeNet", ylabel="% of the samples", xticks=range(10)), right.legend(fontsize=8)
+    right.set(xlabel="digit, by LeNet", ylabel="% of the samples", xticks=range(10)), middle.legend(fontsize=8)
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
     figure.suptitle(f"A GAN with different losses: {about}; seed {config.seed}, and {config.seed + 1} dashed")
     run.picture("compare", figure)
-    run.at["done"] = config.epochs
-    run.finish(**{f"{name}, seed {seed}/{key.split('/')[1]}".replace("\n", " "): of[-1][key] for (name, seed), of in rows.items()
-                  for key in ("eval/fid", "eval/digit_kl", "eval/digit_min", "train/grad_norm_G")})
+    run.finish(verdict="; ".join(f"{of}: {text}" for of, text in verdicts.items()))
 
 
 def main(config):
@@ -281,14 +294,15 @@ def main(config):
         run.log(row)
         save(0, torch.zeros_like(losses))
         if row["epoch"] % config.eval_every == 0 or row["epoch"] == config.epochs:
+            nets.eval()
             shared.draw(run, data, maps(parts, config, device), {
                 "loss": LOSSES[:3], "norm of G's gradient": LOSSES[3:], "LeNet-FID": ["eval/fid"],
                 "smallest share of a digit, %": ["eval/digit_min"]}, f"GAN ({config.loss}, {config.net})")
             nets.train()
     run.save("model.pt", D=nets["D"].state_dict(), G=maps(parts, config, device)["decode"].state_dict())
-    run.finish()
-    if "eval/digit_0" in run.summary:
-        print(verdict(run.summary))
+    text = verdict(run.summary) if config.dataset == "mnist" else ""
+    run.finish(**({"verdict": text} if text else {}))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ Results: README.
 Deviations from the paper (P) or its code (C, github.com/jeffdonahue/bigan, train_mnist.sh):
  1. P, C: 200 epochs, then 200 in which the learning rate decays exponentially to 1 %; here 25 by default, which fit a CPU
     (--epochs 400 has the same schedule).
- 2. C: D's loss is halved. Adam does not care, but for its ε and the weight decay.
- 3. C: whose batch statistics E gets for evaluation could not be read off the code; here those of data, on which it is
-    evaluated, though it was trained on samples.
+ 2. C: D's loss, and in JLR also what E minimises (¼ L_err_E), are scaled, which Adam undoes but for ε and the relative
+    weight decay; D's last layer starts at 0, here at N(0, 0.02²); batch norm has ε 1e-8, here PyTorch's 1e-5.
+E is trained on samples, and evaluated with the batch statistics of data, as in C.
 """
 import sys
 from dataclasses import dataclass
@@ -121,8 +121,8 @@ LOSSES = ("train/L_adv_D", "train/L_adv_G", "train/L_err_E")
 
 
 def learning_rate(config, epoch):
-    """Constant, then falling exponentially to 1 % in 200 epochs; for the epochs 1, 2, …"""
-    return config.lr * 0.01 ** (max(0, epoch - 1 - config.constant_epochs) / 200)
+    """Constant, then falling exponentially, to 1 % in the 200th epoch after; for the epochs 1, 2, …"""
+    return config.lr * 0.01 ** (max(0, epoch - config.constant_epochs) / 200)
 
 
 @torch.no_grad()

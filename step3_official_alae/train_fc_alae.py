@@ -270,8 +270,6 @@ def main(config):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         first, losses = checkpoint["step"], checkpoint["losses"].to(device)
-        if checkpoint["run"]["done"] > config.epochs:
-            shared.fail(f"--epochs {config.epochs}: {config.resume} has {checkpoint['run']['done']} already")
     evaluated = averaged if config.eval_weights == "ema" else nets
     seen = maps(evaluated, config, device)
     run = shared.Run(config, device, sum(p.numel() for p in nets.parameters()), checkpoint)

@@ -109,8 +109,8 @@ def test_settled_statistics_are_means_over_batches_and_cost_no_random_numbers():
 @pytest.mark.parametrize("module", (bigan, lr))
 def test_learning_rate_is_constant_and_then_decays_to_one_percent(module):
     config = module.Config()
-    rates = [module.learning_rate(config, epoch) for epoch in (1, 200, 201, 301, 401)]
-    assert rates == pytest.approx([2e-4, 2e-4, 2e-4, 2e-5, 2e-6])
+    rates = [module.learning_rate(config, epoch) for epoch in (1, 200, 300, 400)]
+    assert rates == pytest.approx([2e-4, 2e-4, 2e-5, 2e-6])
 
 
 # Latent regressors
@@ -189,7 +189,7 @@ def test_spectral_norm():
 
 def test_a_collapse_is_said():
     row = {f"eval/digit_{i}": 10.0 for i in range(10)}
-    assert gan.verdict(row).startswith("not collapsed")
+    assert gan.verdict(row).startswith("not collapsed") and gan.verdict({}) == "diverged"
     assert gan.verdict(row | {"eval/digit_3": 0.9, "eval/digit_8": 0.0}) == "collapsed, hardly any sample is a 3, 8"
 
 
@@ -211,9 +211,10 @@ def test_comparison(command, tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/gan_mnist/c"
     summary = json.loads((folder / "summary.json").read_text())
-    for row in (f"{name}, seed {seed}".replace("\n", " ") for name in gan.VARIANTS for seed in (0, 1)):
-        assert {f"{row}/{key}" for key in ("fid", "digit_kl", "digit_min", "grad_norm_G")} <= summary.keys()
-        assert f"{row}: LeNet-FID {summary[row + '/fid']:.1f}, " in done.stdout
+    for row in (f"{name}, seed {seed}" for name in gan.VARIANTS for seed in (0, 1)):
+        assert {f"{row}/{key}" for key in ("fid", "digit_kl", "digit_min", "digit_7", "grad_norm_G")} <= summary.keys()
+        assert f"{row}: collapsed, " in done.stdout and f"{row}: collapsed, " in summary["verdict"]  # so early, all are
+    assert len((folder / "metrics.csv").read_text().splitlines()) == 2
     assert {path.name for path in folder.glob("*.png")} == {"compare.png", "samples.png"}
 
 
@@ -303,8 +304,8 @@ def test_alae_losses():
         D.weight.fill_(1.0), D.bias.fill_(2.0)  # 2 on zeros, 5 on ones
     softplus = nn.functional.softplus
     loss, r1 = alae.L_adv_ED(D, E, x=zeros + 1, x_fake=zeros, gamma=10.0)
-    torch.testing.assert_close(loss, softplus(torch.tensor(2.0)) + softplus(torch.tensor(-5.0)))
     torch.testing.assert_close(r1, torch.tensor(15.0))  # γ/2 ‖(1, 1, 1)‖²
+    torch.testing.assert_close(loss, softplus(torch.tensor(2.0)) + softplus(torch.tensor(-5.0)) + r1)
     torch.testing.assert_close(alae.L_adv_FG(D, E, zeros), softplus(torch.tensor(-2.0)))
     torch.testing.assert_close(alae.L_err_EG(lambda x: 3 * x, lambda w: w, torch.ones(4, 3)), torch.tensor(4.0))
 
