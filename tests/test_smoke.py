@@ -42,16 +42,19 @@ def test_smoke(file, command, tmp_path):
     assert not list(folder.glob(".*")), "a temporary file was left"
 
 
-def test_own_pictures_without_labels(command, tmp_path):
+@pytest.mark.parametrize("file", [file for file in EXPERIMENTS if not file.startswith("step1")])
+def test_own_pictures_without_labels(file, command, tmp_path):
     (tmp_path / "pictures").mkdir()
     for i in range(12):
         Image.fromarray(np.random.default_rng(i).integers(255, size=(20, 30, 3), dtype=np.uint8)).save(
             tmp_path / "pictures" / f"{i}.png")
-    done = command(FC_ALAE, "--smoke", "--dataset", f"folder:{tmp_path / 'pictures'}", "--batch-size", "5", "--epochs", "1",
-                   "--run-name", "own")
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "runs/train_fc_alae/own/summary.json").read_text())
-    assert {key for key in summary if key.startswith("eval/")} == {"eval/recon_mse"}
+    done = command(file, "--smoke", "--dataset", f"folder:{tmp_path / 'pictures'}", "--batch-size", "5", "--epochs", "1",
+                   "--latent-dim", "1", "--run-name", "own",
+                   *(["--net", "dcgan"] if "/gan_" in file else ["--references"]))
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    folder = tmp_path / "runs" / file.split("/")[1].removesuffix(".py") / "own"
+    keys = {key for key in json.loads((folder / "summary.json").read_text()) if key.startswith("eval/")}
+    assert keys == (set() if "/gan_" in file else {"eval/recon_mse"}) and len(list(folder.glob("*.png"))) >= 3
 
 
 def test_benchmark(command, tmp_path):
