@@ -240,19 +240,20 @@ def compare(config, data, device, run):
     run.picture("samples", shared.grid(torch.cat(samples).unflatten(1, data[4]), 10, f"Samples: {about}, seed {config.seed + 1}",
                                        [name.replace(", ", ",\n") for name in VARIANTS]))
     images = len(data[0]) // config.batch_size * config.batch_size
-    left, middle, right = (figure := shared.Figure(figsize=(13, 3.8), layout="constrained")).subplots(1, 3)
+    panels = (figure := shared.Figure(figsize=(14, 3.6), layout="constrained")).subplots(1, 4)
+    keys = {"eval/fid": "LeNet-FID", "train/grad_norm_G": "norm of G's gradient, mean over an epoch",
+            "eval/digit_kl": "KL of the samples' digits to the data's"}
     for of, run_rows in ((of, run_rows) for of, run_rows in rows.items() if run_rows):
         name, first = of.rsplit(", seed", 1)[0], of.endswith(f"seed {config.seed}")
         style = {"color": f"C{list(VARIANTS).index(name)}", "ls": "-" if first else "--", "label": name if first else None}
-        for axes, key in ((left, "eval/fid"), (middle, "train/grad_norm_G")):
+        for axes, key in zip(panels, keys):
             axes.plot(*zip(*((images * row["epoch"], row[key]) for row in run_rows if key in row)), **style)
         if "eval/digit_0" in run_rows[-1]:
-            right.plot(range(10), [run_rows[-1][f"eval/digit_{i}"] for i in range(10)], marker="o", ms=3, **style)
-    left.set(yscale="log", xlabel="images seen", ylabel="LeNet-FID")
-    middle.set(yscale="log", xlabel="images seen", ylabel="norm of G's gradient, mean over an epoch")
-    right.set(xlabel="digit, by LeNet", ylabel="% of the samples", xticks=range(10)), middle.legend(fontsize=8)
-    for axes in (left, middle, right):
-        axes.grid(alpha=0.3)
+            panels[3].plot(range(10), [run_rows[-1][f"eval/digit_{i}"] for i in range(10)], marker="o", ms=3, **style)
+    for axes, label in zip(panels, keys.values()):
+        axes.set(yscale="log", xlabel="images seen", ylabel=label), axes.grid(alpha=0.3)
+    panels[3].set(xlabel="digit, by LeNet", ylabel="% of the samples", xticks=range(10)), panels[3].grid(alpha=0.3)
+    panels[1].legend(fontsize=8)
     figure.suptitle(f"A GAN with different losses: {about}; seed {config.seed}, and {config.seed + 1} dashed")
     run.picture("compare", figure)
     run.finish(verdict="; ".join(f"{of}: {text}" for of, text in verdicts.items()))
