@@ -67,7 +67,7 @@ class Config(shared.Protocol):
     resume: str = option("", "checkpoint.pt to go on from")
     benchmark: bool = option(False, "measure the speed of a training step, and stop")
     recipes = {("loss", loss): {"norm": "none", "lr": 0.001} for loss in ("r1", "wgan_gp")}  # the penalty does what norm is for
-    recipes |= {("compare", True): {"epochs": 5, "lr": 0.001}}
+    recipes |= {("compare", True): {"epochs": 5, "lr": 0.001, "eval_every": 1}}
 
 
 # B batch, Z = latent_dim, X = pixels (784), H = 1024
@@ -241,7 +241,7 @@ def compare(config, data, device, run):
                                        [name.replace(", ", ",\n") for name in VARIANTS]))
     images = len(data[0]) // config.batch_size * config.batch_size
     panels = (figure := shared.Figure(figsize=(14, 3.6), layout="constrained")).subplots(1, 4)
-    keys = {"eval/fid": "LeNet-FID", "train/grad_norm_G": "norm of G's gradient, mean over an epoch",
+    keys = {"eval/fid": "LeNet-FID", "train/grad_norm_G": "norm of G's gradient",
             "eval/digit_kl": "KL of the samples' digits to the data's"}
     for of, run_rows in ((of, run_rows) for of, run_rows in rows.items() if run_rows):
         name, first = of.rsplit(", seed", 1)[0], of.endswith(f"seed {config.seed}")
@@ -253,7 +253,7 @@ def compare(config, data, device, run):
     for axes, label in zip(panels, keys.values()):
         axes.set(yscale="log", xlabel="images seen", ylabel=label), axes.grid(alpha=0.3)
     panels[3].set(xlabel="digit, by LeNet", ylabel="% of the samples", xticks=range(10)), panels[3].grid(alpha=0.3)
-    panels[1].legend(fontsize=8)
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(VARIANTS), fontsize=9)
     figure.suptitle(f"A GAN with different losses: {about}; seed {config.seed}, and {config.seed + 1} dashed")
     run.picture("compare", figure)
     run.finish(verdict="; ".join(f"{of}: {text}" for of, text in verdicts.items()))
