@@ -358,19 +358,16 @@ def accuracies(kind, *features, prefix="eval"):
 
 def evaluate(config, data, maps, full, prefix="eval"):
     """The contract's metrics, or the cheap ones. data: x (N, X) in [0, 1], y, x_test, y_test, an image's shape; maps: encode
-    (x → code), decode (code → x), prior (n → n codes), short and long (x → features); a GAN has decode and prior alone."""
-    (x, y, u, v, shape), row = data, {}
-    mnist = full and config.dataset == "mnist"
-    if "encode" in maps:
-        x_hat = in_chunks(lambda part: maps["decode"](maps["encode"](part)), u).unflatten(1, shape)
-        row[f"{prefix}/recon_mse"] = recon_mse(u.unflatten(1, shape), x_hat)
-        row |= {f"{prefix}/identity": identity(x_hat, v)} if mnist else {}
-    for kind in (kind for kind in ("short", "long")[:1 + full] if kind in maps and v is not None):
+    (x → code), decode (code → x), prior (n → n codes), short and long (x → features)."""
+    (x, y, u, v, shape), images = data, data[2].unflatten(1, data[4])
+    x_hat = in_chunks(lambda part: maps["decode"](maps["encode"](part)), u).unflatten(1, shape)
+    row = {f"{prefix}/recon_mse": recon_mse(images, x_hat)}
+    for kind in ("short", "long")[:1 + full] if v is not None else ():
         features = in_chunks(maps[kind], x), y, in_chunks(maps[kind], u), v
         row |= accuracies(kind, *features, prefix=prefix) if full else {f"{prefix}/knn_acc_short": knn_accuracy(*features)}
-    if mnist:
-        samples = in_chunks(maps["decode"], maps["prior"](1000 if config.smoke else 10_000))
-        row[f"{prefix}/fid"] = fid(u.unflatten(1, shape), samples.unflatten(1, shape))
+    if full and config.dataset == "mnist":
+        samples = in_chunks(maps["decode"], maps["prior"](1000 if config.smoke else 10_000)).unflatten(1, shape)
+        row |= {f"{prefix}/identity": identity(x_hat, v), f"{prefix}/fid": fid(images, samples)}
     return row
 
 def untrained(config, data, maps):
@@ -425,7 +422,7 @@ def grid(images, columns, title, rows=()):
 @torch.no_grad()
 def draw(run, data, maps, panels, title):
     """Samples, reconstructions and interpolations of the same codes and test images every time; curves of run.rows.
-    data, maps: as for evaluate; panels: {ylabel: keys of rows}."""
+    data, maps: as for evaluate, but a GAN has decode and prior alone; panels: {ylabel: keys of rows}."""
     (_, _, u, _, shape), title = data, f"{title}, {run.unit} {run.done}"
     n, codes = min(10, len(u)), maps["encode"](u[:16]) if "encode" in maps else maps["prior"](16)
     def picture(name, x, columns, what, rows=()):

@@ -195,11 +195,12 @@ def train(config, data, parts, run, done=0, first=0, losses=0, save=None):
     epoch. save(step, losses) is called when the user interrupts. With --compare, a loss that turns NaN just ends it."""
     x_train, size = data[0], per_step(config)
     steps = len(x_train) // size
+    total = config.epochs * steps * (2 * len(VARIANTS) if config.compare else 1)
     for epoch in range(done + 1, config.epochs + 1):
         order = torch.Generator(x_train.device).manual_seed(1_000_003 * config.seed + epoch)
         for step, i in enumerate(shared.batches(len(x_train), size, order, skip=first), first + 1):
             losses = losses + train_step(*parts.values(), x_train[i], config)
-            run.tick(size, 0 if config.compare else losses[0] / step, config.epochs * steps)
+            run.tick(size, 0 if config.compare else losses[0] / step, total)
             if run.stop:
                 save(step, losses)
         if config.compare and not losses.isfinite().all():
