@@ -18,7 +18,7 @@ Deviations from the paper (P) or its code (C, github.com/jeffdonahue/bigan, trai
  1. P, C: 200 epochs, then 200 in which the learning rate decays exponentially to 1 %; here 25 by default, which fit a CPU
     (--epochs 400 has the same schedule).
  2. C: D's loss, and in JLR also what E minimises (¼ L_err_E), are scaled, which Adam undoes but for ε and the relative
-    weight decay; D's last layer starts at 0, here at N(0, 0.02²); batch norm has ε 1e-8, here PyTorch's 1e-5.
+    weight decay.
 E is trained on samples, and evaluated with the batch statistics of data, as in C.
 """
 import sys
@@ -63,9 +63,9 @@ class Generator(nn.Module):
 
     def __init__(self, Z, X, H=1024):
         super().__init__()
-        self.first = nn.Sequential(linear(Z, H), nn.BatchNorm1d(H, affine=False), nn.ReLU())
+        self.first = nn.Sequential(linear(Z, H), nn.BatchNorm1d(H, 1e-8, affine=False), nn.ReLU())
         self.second, self.second_z = linear(H, H), linear(Z, H)
-        self.last = nn.Sequential(nn.BatchNorm1d(H, affine=False), nn.ReLU(), linear(H, X), nn.Sigmoid())
+        self.last = nn.Sequential(nn.BatchNorm1d(H, 1e-8, affine=False), nn.ReLU(), linear(H, X), nn.Sigmoid())
 
     def forward(self, z):
         return self.last(self.second(self.first(z)) + self.second_z(z))
@@ -73,13 +73,15 @@ class Generator(nn.Module):
 
 def critic(X, out, H=1024):
     """The net of D (one output) and of E."""
-    return nn.Sequential(linear(X, H), nn.LeakyReLU(0.2), linear(H, H), nn.BatchNorm1d(H, affine=False), nn.LeakyReLU(0.2),
+    return nn.Sequential(linear(X, H), nn.LeakyReLU(0.2), linear(H, H), nn.BatchNorm1d(H, 1e-8, affine=False), nn.LeakyReLU(0.2),
                          linear(H, out))
 
 
 def build(config, X):
     """G, E, D; E gives logits, and the code is 2σ(E(x)) − 1."""
-    return nn.ModuleDict({"G": Generator(config.latent_dim, X), "E": critic(X, config.latent_dim), "D": critic(X, 1)})
+    nets = nn.ModuleDict({"G": Generator(config.latent_dim, X), "E": critic(X, config.latent_dim), "D": critic(X, 1)})
+    nn.init.zeros_(nets["D"][-1].weight)
+    return nets
 
 
 def to_code(logits):
