@@ -16,8 +16,7 @@ Results: README.
 Deviations from the paper (P) or its code (C, github.com/jeffdonahue/bigan, train_mnist.sh):
  1. P, C: 200 epochs, then 200 in which the learning rate decays exponentially to 1 %; here 25 by default, which fit a CPU
     (--epochs 400 has the same schedule).
- 2. C: D's loss and that of E and G are halved, which Adam undoes but for ε and the relative weight decay; D's last layer
-    starts at 0, here at N(0, 0.02²) as all others; batch norm has ε 1e-8, here PyTorch's 1e-5.
+ 2. C: D's loss and that of E and G are halved, which Adam undoes but for ε and the relative weight decay.
  3. Reconstructions are G(2σ(E(x)) − 1), from a deterministic E, as in P's figures.
 """
 import sys
@@ -60,9 +59,9 @@ class Generator(nn.Module):
 
     def __init__(self, Z, X, H=1024):
         super().__init__()
-        self.first = nn.Sequential(linear(Z, H), nn.BatchNorm1d(H, affine=False), nn.ReLU())
+        self.first = nn.Sequential(linear(Z, H), nn.BatchNorm1d(H, 1e-8, affine=False), nn.ReLU())
         self.second, self.second_z = linear(H, H), linear(Z, H)
-        self.last = nn.Sequential(nn.BatchNorm1d(H, affine=False), nn.ReLU(), linear(H, X), nn.Sigmoid())
+        self.last = nn.Sequential(nn.BatchNorm1d(H, 1e-8, affine=False), nn.ReLU(), linear(H, X), nn.Sigmoid())
 
     def forward(self, z):
         return self.last(self.second(self.first(z)) + self.second_z(z))
@@ -74,7 +73,7 @@ class Discriminator(nn.Module):
     def __init__(self, Z, X, H=1024):
         super().__init__()
         self.first, self.second, self.second_z = linear(X, H), linear(H, H), linear(Z, H)
-        self.last = nn.Sequential(nn.BatchNorm1d(H, affine=False), nn.LeakyReLU(0.2), linear(H, 1))
+        self.last = nn.Sequential(nn.BatchNorm1d(H, 1e-8, affine=False), nn.LeakyReLU(0.2), linear(H, 1))
 
     def forward(self, x, z):
         return self.last(self.second(leaky_relu(self.first(x), 0.2)) + self.second_z(z))
@@ -83,9 +82,11 @@ class Discriminator(nn.Module):
 def build(config, X):
     """G, E, D; E gives logits, and the code is 2σ(E(x)) − 1."""
     Z, H = config.latent_dim, 1024
-    E = nn.Sequential(linear(X, H), nn.LeakyReLU(0.2), linear(H, H), nn.BatchNorm1d(H, affine=False), nn.LeakyReLU(0.2),
+    E = nn.Sequential(linear(X, H), nn.LeakyReLU(0.2), linear(H, H), nn.BatchNorm1d(H, 1e-8, affine=False), nn.LeakyReLU(0.2),
                       linear(H, Z))
-    return nn.ModuleDict({"G": Generator(Z, X), "E": E, "D": Discriminator(Z, X)})
+    nets = nn.ModuleDict({"G": Generator(Z, X), "E": E, "D": Discriminator(Z, X)})
+    nn.init.zeros_(nets["D"].last[-1].weight)
+    return nets
 
 
 def to_code(logits):

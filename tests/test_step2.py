@@ -62,6 +62,7 @@ def test_gan_sizes_and_images():
 def test_swapping_the_pairs_flips_the_discriminators_loss():
     torch.manual_seed(0)
     nets = bigan.build(bigan.Config(latent_dim=5), 20).double()
+    nn.init.normal_(nets["D"].last[-1].weight)
     x, z = torch.rand(2, 8, 20).double(), torch.rand(2, 8, 5).double()
     real, fake = nets["D"](x[0], z[0]), nets["D"](x[1], z[1])
     torch.testing.assert_close(bigan.L_EG(real, fake), bigan.L_D(fake, real))
@@ -77,6 +78,7 @@ def test_bigan_moves_all_three_from_the_same_losses():
     torch.manual_seed(0)
     config = bigan.Config(latent_dim=5)
     nets, x = bigan.build(config, 20), torch.rand(8, 20)
+    nn.init.normal_(nets["D"].last[-1].weight, std=0.02)  # it starts at 0
     before, state = {k: v.clone() for k, v in nets.state_dict().items()}, torch.get_rng_state()
     opt_D, opt_EG = adam(nets["D"]), adam(nets["E"], nets["G"])
     seen = watch(nets, opt_D=opt_D, opt_EG=opt_EG)
@@ -120,7 +122,7 @@ def test_what_reaches_the_generator_from_the_encoder(joint):
     torch.manual_seed(0)
     config = lr.Config(latent_dim=5, joint=joint)
     nets, x = lr.build(config, 20), torch.rand(8, 20)
-    nn.init.zeros_(nets["D"][-1].weight)  # no adversarial gradient
+    assert not nets["D"][-1].weight.any()  # no adversarial gradient
     before, state = {k: v.clone() for k, v in nets.state_dict().items()}, torch.get_rng_state()
     opts = {f"opt_{name}": adam(nets[name]) for name in "DGE"}
     seen = watch(nets, **opts)
