@@ -11,7 +11,8 @@ Algorithm 1, each step on a fresh z ~ N(0, I) and with an optimizer of its own:
     python step2_gan/alae_mnist.py --epochs 600                 # the official code's length
     python step2_gan/alae_mnist.py --resume runs/alae_mnist/NAME/checkpoint.pt --epochs 100
 
-Results: README.
+Result to expect (averaged weights, test images; AMD EPYC, one core, 15 to 18 minutes; README has the table): seeds 0 and 1:
+MSE 0.0226 ± 0.0006, SVM on short / long features 92.6 ± 0.9 / 98.2 %, identity 93.1 ± 0.5 %.
 
 What the paper says (here) against what its code does (step3_official_alae/train_fc_alae.py):
  1. Three optimizers, each with moments of its own: Adam being scale-free, L_err moves E and G as fast as the adversarial
@@ -22,7 +23,7 @@ What the paper says (here) against what its code does (step3_official_alae/train
     torch.optim.Adam; the code's LREQAdam is the same in its effect, but for ε.
  4. D is a network, with leaky ReLU between its layers; the code's D is a product of three matrices, hence linear.
  5. E ends in a linear layer, so that w is unbounded; the code's E ends in a leaky ReLU.
- 6. Learning rate 0.004 and batch 64 (val: README); the code has 0.002 and 128.
+ 6. Learning rate 0.004 (0.008 was no better on val) and batch 64; the code has 0.002 and 128.
 
 What the paper leaves open is the code's, as named fields or in the networks: pixel norm of z, F's six layers, the lower
 learning rate of F and D, β = (0, 0.99), slope 0.2, averaged weights, and L_err as a mean over the dimensions of w.
