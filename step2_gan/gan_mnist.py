@@ -14,7 +14,8 @@ G: z → x generates from z ~ N(0, I); D's logits tell data from samples. D mini
     python step2_gan/gan_mnist.py --compare                # every loss, two seeds each, 5 epochs, lr 0.001
     python step2_gan/gan_mnist.py --resume runs/gan_mnist/NAME/checkpoint.pt --epochs 100
 
-Results: README.
+Result to expect (AMD EPYC, one core, 7 to 10 minutes; README has the tables): seeds 0 and 1: LeNet-FID 7.1 and 22.2, every
+digit at least 7.9 % of 10,000 samples; a VAE (autoencoder_mnist.py --loss vae) after as many images: 145.2 ± 0.3.
 
 Deviations from the papers:
  1. Adam 0.002, with R1 0.001, β = (0, 0.999): chosen on val, where DCGAN's (1511.06434) 2e-4, (0.5, 0.999) lost digits.

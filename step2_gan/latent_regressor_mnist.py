@@ -12,7 +12,9 @@ E(x) the logits of a regression of (z + 1)/2, all nets updated at once on the sa
     python step2_gan/latent_regressor_mnist.py --split sw --epochs 400  # as long as the paper
     python step2_gan/latent_regressor_mnist.py --resume runs/latent_regressor_mnist/NAME/checkpoint.pt --epochs 400
 
-Results: README.
+Result to expect (25 epochs, test images, seeds 0 and 1; AMD EPYC, one core, 8 to 9 minutes; README has the tables): LR / JLR:
+MSE 0.025 / 0.025, 1-NN 92.4 / 92.5 % and SVM 89.3 / 89.0 % on short features (untrained encoder: SVM 79.3 %), identity 90.4 /
+90.7 %.
 
 Deviations from the paper (P) or its code (C, github.com/jeffdonahue/bigan, train_mnist.sh):
  1. P, C: 200 epochs, then 200 in which the learning rate decays exponentially to 1 %; here 25 by default, which fit a CPU
@@ -72,7 +74,7 @@ class Generator(nn.Module):
 
 
 def critic(X, out, H=1024):
-    """The net of D (one output) and of E."""
+    """The net of D (one output) and of E. With PyTorch's ε = 1e-5, and D not starting at 0, JLR ended in black images."""
     return nn.Sequential(linear(X, H), nn.LeakyReLU(0.2), linear(H, H), nn.BatchNorm1d(H, 1e-8, affine=False), nn.LeakyReLU(0.2),
                          linear(H, out))
 
