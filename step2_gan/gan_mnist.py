@@ -220,6 +220,26 @@ def verdict(row):
     return f"collapsed, hardly any sample is a {', '.join(lost)}" if lost else "not collapsed, every digit is there"
 
 
+def comparison(rows, config, about):
+    """A figure of each variant's rows: LeNet-FID, G's gradient, the digits' KL along the way, and the digits at the end."""
+    panels = (figure := shared.Figure(figsize=(14, 3.6), layout="constrained")).subplots(1, 4)
+    keys = {"eval/fid": "LeNet-FID", "train/grad_norm_G": "norm of G's gradient",
+            "eval/digit_kl": "KL of the digits to the data's"}
+    for of, run_rows in ((of, run_rows) for of, run_rows in rows.items() if run_rows):
+        name, first = of.rsplit(", seed", 1)[0], of.endswith(f"seed {config.seed}")
+        style = {"color": f"C{list(VARIANTS).index(name)}", "ls": "-" if first else "--", "label": name if first else None}
+        for axes, key in zip(panels, keys):
+            axes.plot(*zip(*((row["images"] / 1000, row[key]) for row in run_rows if key in row)), **style)
+        if "eval/digit_0" in run_rows[-1]:
+            panels[3].plot(range(10), [run_rows[-1][f"eval/digit_{i}"] for i in range(10)], marker="o", ms=3, **style)
+    for axes, label in zip(panels, keys.values()):
+        axes.set(yscale="log", xlabel="thousand images seen", ylabel=label), axes.grid(alpha=0.3)
+    panels[3].set(xlabel="digit, by LeNet", ylabel="% of the samples", xticks=range(10)), panels[3].grid(alpha=0.3)
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(VARIANTS), fontsize=9)
+    figure.suptitle(f"A GAN with different losses: {about}; seed {config.seed}, and {config.seed + 1} dashed")
+    return figure
+
+
 def compare(config, data, device, run):
     """Trains the VARIANTS from two seeds; a line each, two pictures, and a row of all of them for each epoch."""
     rows, samples, verdicts = {}, [], {}
@@ -228,7 +248,9 @@ def compare(config, data, device, run):
             torch.manual_seed(seed)
             variant, of = dataclasses.replace(config, **change, seed=seed), f"{name}, seed {seed}"
             parts = start(variant, data[4], device)
-            rows[of] = list(train(variant, data, parts, run, save=lambda *_: run.leave("start it again")))
+            size = per_step(variant)
+            rows[of] = [row | {"images": row["epoch"] * (len(data[0]) // size * size)} for row in train(
+                variant, data, parts, run, save=lambda *_: run.leave("start it again"))]
             verdicts[of] = verdict(rows[of][-1] if len(rows[of]) == config.epochs else {})
             print(f"{of}: {verdicts[of]}", flush=True)
         seen = maps(parts, variant, device)
@@ -239,25 +261,9 @@ def compare(config, data, device, run):
             for key, value in row.items() if key.startswith("eval/") or key == "train/grad_norm_G"})
 
     about = f"{config.net}, {config.dataset} ({config.split}), {config.epochs} epochs, learning rate {config.lr}"
-    run.picture("samples", shared.grid(torch.cat(samples).unflatten(1, data[4]), 10, f"Samples: {about}, seed {config.seed + 1}",
+    run.picture("samples", shared.grid(torch.cat(samples).unflatten(1, data[4]), 10, f"{about}, seed {config.seed + 1}",
                                        [name.replace(", ", ",\n") for name in VARIANTS]))
-    images = len(data[0]) // config.batch_size * config.batch_size
-    panels = (figure := shared.Figure(figsize=(14, 3.6), layout="constrained")).subplots(1, 4)
-    keys = {"eval/fid": "LeNet-FID", "train/grad_norm_G": "norm of G's gradient",
-            "eval/digit_kl": "KL of the samples' digits to the data's"}
-    for of, run_rows in ((of, run_rows) for of, run_rows in rows.items() if run_rows):
-        name, first = of.rsplit(", seed", 1)[0], of.endswith(f"seed {config.seed}")
-        style = {"color": f"C{list(VARIANTS).index(name)}", "ls": "-" if first else "--", "label": name if first else None}
-        for axes, key in zip(panels, keys):
-            axes.plot(*zip(*((images * row["epoch"], row[key]) for row in run_rows if key in row)), **style)
-        if "eval/digit_0" in run_rows[-1]:
-            panels[3].plot(range(10), [run_rows[-1][f"eval/digit_{i}"] for i in range(10)], marker="o", ms=3, **style)
-    for axes, label in zip(panels, keys.values()):
-        axes.set(yscale="log", xlabel="images seen", ylabel=label), axes.grid(alpha=0.3)
-    panels[3].set(xlabel="digit, by LeNet", ylabel="% of the samples", xticks=range(10)), panels[3].grid(alpha=0.3)
-    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(VARIANTS), fontsize=9)
-    figure.suptitle(f"A GAN with different losses: {about}; seed {config.seed}, and {config.seed + 1} dashed")
-    run.picture("compare", figure)
+    run.picture("compare", comparison(rows, config, about))
     run.finish(verdict="; ".join(f"{of}: {text}" for of, text in verdicts.items()))
 
 
