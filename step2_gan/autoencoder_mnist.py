@@ -10,7 +10,7 @@
     python step2_gan/autoencoder_mnist.py --loss bce --noise 0.5
     python step2_gan/autoencoder_mnist.py --epochs 400         # as long as BiGAN's paper trains its methods
 
-Result to expect (20 epochs, test images, seeds 0 and 1; AMD EPYC, one core, 3 to 4 minutes; README has the tables): AE(l2):
+Result to expect (20 epochs, test images, seeds 0 and 1; AMD EPYC, one core, 3 to 5 minutes; README has the tables): AE(l2):
 MSE 0.0053, 1-NN / SVM on short features 96.8 / 89.8 %, identity 99.2 %; VAE: 0.0081, 97.1 / 88.4 %, 98.1 %, LeNet-FID 145.
 
 Deviations from the paper's comparison (ALAE §6.1, BiGAN §4.2), whose autoencoders are not described in detail:
