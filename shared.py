@@ -72,8 +72,8 @@ def parse_config(Config, argv=None):
 
 def probe_matmul(device):
     """'medium' where it keeps fp32 accuracy (CPUs where it only picks another library), 'highest' where it rounds."""
-    torch.set_float32_matmul_precision("medium")
     a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
+    torch.set_float32_matmul_precision("medium")
     product, exact = (a.to(device) @ b.to(device)).cpu().double(), a.double() @ b.double()
     return "medium" if (product - exact).norm() < 2e-6 * exact.norm() else "highest"
 

@@ -23,7 +23,7 @@ What the paper says (here) against what its code does (step3_official_alae/train
     torch.optim.Adam; the code's LREQAdam is the same in its effect, but for ε.
  4. D is a network, with leaky ReLU between its layers; the code's D is a product of three matrices, hence linear.
  5. E ends in a linear layer, so that w is unbounded; the code's E ends in a leaky ReLU.
- 6. Learning rate 0.004 (0.008 was no better on val) and batch 64; the code has 0.002 and 128.
+ 6. Learning rate 0.004 (0.008 was no better on val, in trials not kept) and batch 64; the code has 0.002 and 128.
 
 What the paper leaves open is the code's, as named fields or in the networks: pixel norm of z, F's six layers, the lower
 learning rate of F and D, β = (0, 0.99), slope 0.2, averaged weights, and L_err as a mean over the dimensions of w.
@@ -149,8 +149,11 @@ def update_ema(averaged, nets, decay):
 def maps(nets, config, device):
     """What shared.evaluate and shared.draw look at."""
     F, G, E = nets["F"], nets["G"], nets["E"]
-    prior = lambda n: F(torch.randn(n, config.latent_dim, generator=torch.Generator().manual_seed(0)).to(device))  # noqa: E731
-    return {"encode": E, "decode": G, "prior": torch.no_grad()(prior), "short": E, "long": E[:4]}
+
+    def prior(n):
+        z = torch.randn(n, config.latent_dim, generator=torch.Generator().manual_seed(0))
+        return shared.in_chunks(F, z.to(device))
+    return {"encode": E, "decode": G, "prior": prior, "short": E, "long": E[:4]}
 
 
 def main(config):

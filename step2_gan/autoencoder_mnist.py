@@ -96,7 +96,9 @@ def maps(nets, config, x_train):
     """What shared.evaluate and shared.draw look at."""
     G, E, Z = nets["G"], nets["E"], config.latent_dim
     sigmoid = nn.Sigmoid() if config.loss in ("bce", "vae") else nn.Identity()
-    encode = lambda x: E(x)[:, :Z]  # noqa: E731
+
+    def encode(x):
+        return E(x)[:, :Z]
 
     def prior(n):
         z = torch.randn(n, Z, generator=torch.Generator().manual_seed(0)).to(x_train.device)

@@ -19,7 +19,8 @@ digit at least 7.9 % of 10,000 samples; a VAE (autoencoder_mnist.py --loss vae) 
 
 Deviations from the papers:
  1. Adam 0.002, with R1 0.001, β = (0, 0.999): chosen on val, where DCGAN's (1511.06434) 2e-4, (0.5, 0.999) lost digits.
-    R1's paper has RMSprop 1e-4; 0.002 diverged with R1 after six epochs. WGAN-GP has its paper's 1e-4, but β₂ 0.999, not 0.9.
+    R1's paper has RMSprop 1e-4; 0.002 diverged with R1 after six epochs (neither run is kept). WGAN-GP has its paper's 1e-4,
+    but β₂ 0.999, not 0.9; so it has not been run.
  2. Without a penalty D gets spectral normalization (1802.05957), which came after these losses and with which 0.002 is
     stable. --norm none leaves it out: after the five epochs of --compare, at 0.001, it is even ahead; longer was not tried.
  3. z ~ N(0, I) with 50 dimensions, as in the other files; G has batch norm, D has none, which both penalties need.

@@ -75,8 +75,8 @@ class Generator(nn.Module):
 
 def critic(X, out, H=1024):
     """The net of D (one output) and of E. With PyTorch's ε = 1e-5, and D not starting at 0, JLR ended in black images."""
-    return nn.Sequential(linear(X, H), nn.LeakyReLU(0.2), linear(H, H), nn.BatchNorm1d(H, 1e-8, affine=False), nn.LeakyReLU(0.2),
-                         linear(H, out))
+    return nn.Sequential(linear(X, H), nn.LeakyReLU(0.2),
+                         linear(H, H), nn.BatchNorm1d(H, 1e-8, affine=False), nn.LeakyReLU(0.2), linear(H, out))
 
 
 def build(config, X):
