@@ -357,7 +357,7 @@ def accuracies(kind, *features, prefix="eval"):
     return {f"{prefix}/{name}_acc_{kind}": method(*features) for name, method in methods.items()}
 
 def evaluate(config, data, maps, full, prefix="eval"):
-    """The contract's metrics, or the cheap ones. data: x (N, X) in [0, 1], y, x_test, y_test, an image's shape; maps: encode
+    """The contract's metrics, or those of pictures and 1-NN on short features. data: x (N, X) in [0, 1], y, x_test, y_test, an image's shape; maps: encode
     (x → code), decode (code → x), prior (n → n codes), short and long (x → features)."""
     (x, y, u, v, shape), images = data, data[2].unflatten(1, data[4])
     x_hat = in_chunks(lambda part: maps["decode"](maps["encode"](part)), u).unflatten(1, shape)
@@ -365,13 +365,13 @@ def evaluate(config, data, maps, full, prefix="eval"):
     for kind in ("short", "long")[:1 + full] if v is not None else ():
         features = in_chunks(maps[kind], x), y, in_chunks(maps[kind], u), v
         row |= accuracies(kind, *features, prefix=prefix) if full else {f"{prefix}/knn_acc_short": knn_accuracy(*features)}
-    if full and config.dataset == "mnist":
+    if config.dataset == "mnist":
         samples = in_chunks(maps["decode"], maps["prior"](1000 if config.smoke else 10_000)).unflatten(1, shape)
         row |= {f"{prefix}/identity": identity(x_hat, v), f"{prefix}/fid": fid(images, samples)}
     return row
 
 def untrained(config, data, maps):
-    """The row before training: the cheap metrics; with --references all of the untrained encoder's and of raw pixels."""
+    """The row before training: the same; with --references all of the untrained encoder's and of raw pixels."""
     row = evaluate(config, data, maps, full=False)
     return row | (evaluate(config, data, maps, full=True, prefix="untrained") | accuracies("short", *data[:4], prefix="pixels")
                   if config.references and data[1] is not None else {})
