@@ -33,7 +33,7 @@ class Protocol:
     """The options that all experiments have in common; each Config adds its own."""
     seed: int = option(0, "seed of the initial weights, the shuffling and z", low=0, high=2 ** 32 - 1)
     device: str = option("auto", "auto takes cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
-    data_dir: str = option(str(ROOT / "data"), "folder of the datasets, laid out as torchvision does")
+    data_dir: str = option("", "folder of the datasets, laid out as torchvision does (default: this repository's data)")
     dataset: str = option("mnist", "mnist, fashion_mnist, cifar10, celeba or folder:PATH (your own pictures)")
     split: str = option("dw", "test on dw: the official images; sw: a sixth of the training images; val: another sixth, "
                         "to choose hyperparameters", ("dw", "sw", "val"))
@@ -54,15 +54,20 @@ def parse_config(Config, argv=None):
         text = (f.metadata["help"] + f" (default: {f.default})" * (f.default != "")).replace("%", "%%")
         first = f.default[0] if (several := isinstance(f.default, tuple)) else f.default
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(first, bool) else {
-            "type": os.path.abspath if f.name == "data_dir" else type(first), "choices": f.metadata["choices"],
+            "type": (lambda d: d and os.path.abspath(d)) if f.name == "data_dir" else type(first), "choices": f.metadata["choices"],
             "metavar": "|".join(f.metadata["choices"] or [f.name.upper()]), "nargs": "+" if several else None}
         parser.add_argument(flags[f.name], default=argparse.SUPPRESS, help=text, **kind)
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in vars(parser.parse_args(argv)).items()}
-    if given.get("resume"):
-        saved, file = (load_checkpoint(given["resume"], Config)[key] for key in ("config", "file"))
-        file == "checkpoint.pt" or fail(f"{given['resume']} holds a trained model, not the checkpoint of a run")
-        for key in (key for key in given.keys() - FREE_ON_RESUME if given[key] not in (saved[key], "auto")):
-            fail(f"{given['resume']} was trained with {flags[key]} {saved[key]}, not {given[key]}")
+    if path := given.get("resume") or given.get("eval"):
+        saved, file = (load_checkpoint(path, Config)[key] for key in ("config", "file"))
+        model, free = file != "checkpoint.pt", FREE_ON_RESUME
+        if not given.get("resume"):  # --eval: of a model only what it was trained with matters
+            free = NO_SETTING | {"eval", "smoke"} | (set() if model else {"eval_weights"})
+            saved = {key: v for key, v in saved.items() if key not in free - {"epochs", "dataset", "split", "seed"}}
+        elif model:
+            fail(f"{path} holds a trained model, not the checkpoint of a run")
+        for key in (key for key in given.keys() - free if given[key] not in (saved[key], "auto")):
+            fail(f"{path} was trained with {flags[key]} {saved[key]}, not {given[key]}")
         given = saved | given
     given = {k: v for pair in given.items() for k, v in Config.recipes.get(pair, {}).items()} | given
     for f, low, high in ((f, f.metadata["low"], f.metadata["high"]) for f in fields(Config)):
@@ -89,13 +94,13 @@ def setup(config):
     torch.set_float32_matmul_precision(config.matmul)
     return device
 
-def load_images(name, data_dir=ROOT / "data", split="dw", device="cpu", size=None, limit=None):
+def load_images(name, data_dir="", split="dw", device="cpu", size=None, limit=None):
     """x_train, y_train, x_test, y_test: images (N, C, H, W) in [0, 1] and labels (N,), or None, on the device.
     split: sw holds out a sixth of the training images, val another sixth, always the same; a folder's dw is its sw.
     size: of the square images (default: their own, or 64). limit: so many training images, half as many for test."""
     from torchvision import datasets
     classes = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "celeba": "CelebA"}
-    cls, folder = getattr(datasets, classes.get(name, ""), None), Path(data_dir)
+    cls, folder = getattr(datasets, classes.get(name, ""), None), Path(data_dir or ROOT / "data")
     if name.startswith("folder:"):
         folder = Path(name.removeprefix("folder:")).expanduser()
         paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif"))

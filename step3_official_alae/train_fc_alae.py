@@ -54,11 +54,18 @@ class Config(shared.Protocol):
     ema: float = option(10_000.0, "half-life, in images, of the averaged weights (train_alae.py)", low=1)
     input_range: str = option("01", "pixels in [0, 1] (branch mnist_ref) or [−1, 1] (main branch)", choices=("01", "11"))
     slope: float = option(0.2, "leaky slope in G and on E's output (net.py; branch mnist_ref: 0.01)", low=0, high=1)
+    recipe: str = option("official", "official: mnist_fc.yaml; fast: ours (deviation 8)", choices=("official", "fast"))
+    decay: float = option(0.0, "share of the training, at its end, in which lr falls linearly to 0 (ours)", low=0, high=1)
+    mapping: str = option("mlp", "F: six layers after pixel norm, or pixel norm alone", choices=("mlp", "identity"))
+    critic: str = option("linear", "D: a product of matrices, as official, or with leaky ReLU between", ("linear", "mlp"))
+    output: str = option("linear", "G's output: linear, as official, or bounded by a sigmoid or tanh", ("linear", "bounded"))
     eval_weights: str = option("ema", "evaluate the averaged or the raw weights", choices=("raw", "ema"))
     eval_every: int = option(5, "epochs between cheap evaluations, and pictures", low=1)
     references: bool = option(False, "score raw pixels and the untrained encoder too, for the tables (a minute)")
     resume: str = option("", "checkpoint.pt to go on from")
+    eval: str = option("", "model.pt or checkpoint.pt to evaluate and draw, without training")
     benchmark: bool = option(False, "measure the speed of a training step, and stop")
+    recipes = {("recipe", "fast"): {"epochs": 60, "batch_size": 64, "lr": 0.008, "decay": 0.5}}
 
 
 # B batch, Z = W = latent_dim, X = pixels (784), H = 1024
@@ -83,10 +90,13 @@ class PixelNorm(nn.Module):
 def build(config, X):
     """F, G, E, D as nn.Sequential."""
     Z, H, leaky, leaky_out = config.latent_dim, 1024, nn.LeakyReLU(0.2), nn.LeakyReLU(config.slope)
-    F = nn.Sequential(PixelNorm(), *(layer for _ in range(6) for layer in (Linear(Z, Z, lrmul=0.1), leaky)))
-    G = nn.Sequential(Linear(Z, H), leaky_out, Linear(H, H), leaky_out, Linear(H, X))
+    bound = [nn.Sigmoid() if config.input_range == "01" else nn.Tanh()] * (config.output == "bounded")
+    between = [leaky] * (config.critic == "mlp")
+    F = nn.Sequential(PixelNorm(), *(layer for _ in range(6 * (config.mapping == "mlp"))
+                                     for layer in (Linear(Z, Z, lrmul=0.1), leaky)))
+    G = nn.Sequential(Linear(Z, H), leaky_out, Linear(H, H), leaky_out, Linear(H, X), *bound)
     E = nn.Sequential(Linear(X, H), leaky, Linear(H, H), leaky, Linear(H, Z), leaky_out)
-    D = nn.Sequential(Linear(Z, Z, lrmul=0.1), Linear(Z, Z, lrmul=0.1), Linear(Z, 1, lrmul=0.1))  # linear, as official
+    D = nn.Sequential(*(layer for _ in range(2) for layer in (Linear(Z, Z, lrmul=0.1), *between)), Linear(Z, 1, lrmul=0.1))
     return nn.ModuleDict({"F": F, "G": G, "E": E, "D": D})
 
 
@@ -103,7 +113,7 @@ class LREQAdam(torch.optim.Adam):
         groups = {}
         for p in params:
             groups.setdefault(p.lr_equalization_coef, []).append(p)
-        super().__init__([{"params": ps, "lr": lr * c, "t": 0} for c, ps in groups.items()], betas=(0.0, beta2), eps=eps,
+        super().__init__([{"params": ps, "lr": lr * c, "c": c, "t": 0} for c, ps in groups.items()], lr, (0.0, beta2), eps,
                          fused=True)
 
     def step(self):
@@ -167,6 +177,13 @@ def train_step(nets, opt_ED, opt_FG, x, config):
     return torch.stack([loss_ED, loss_FG, loss_err, r1]).detach()
 
 
+def set_rate(optimizers, config, done):
+    """The learning rate after the share `done` of the training."""
+    lr = config.lr * min(1.0, (1 - done) / config.decay) if config.decay else config.lr
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = lr * group["c"]
+
+
 LOSSES = ("train/L_adv_ED", "train/L_adv_FG", "train/L_err_EG", "train/r1")
 
 
@@ -191,13 +208,14 @@ def maps(nets, config, device):
             "prior": prior, "short": lambda x: E(to_x(x, config)), "long": lambda x: E[:4](to_x(x, config))}
 
 
-def load_model(path):
-    """The networks of a model.pt, F, G, E, D, and its config."""
+def load_model(path, config=None):
+    """The networks F, G, E, D of a model.pt, or of a checkpoint.pt by its --eval-weights, and the config."""
     saved = shared.load_checkpoint(path, Config)
-    config = Config(**saved["config"])
-    nets = build(config, saved["E"]["0.weight"].shape[1])
-    for name in nets:
-        nets[name].load_state_dict(saved[name])
+    config = config or Config(**saved["config"])
+    state = saved.get({"ema": "averaged", "raw": "nets"}[config.eval_weights]) or {
+        f"{name}.{key}": value for name in "FGED" for key, value in saved[name].items()}
+    nets = build(config, state["E.0.weight"].shape[1])
+    nets.load_state_dict(state)  # half precision becomes single
     return nets, config
 
 
@@ -249,6 +267,54 @@ def benchmark(config, x_train, steps=300):
     print(f"{macs / 1e6:.1f} M multiply-accumulates per image and iteration; peak memory {peak:.0f} MiB")
 
 
+PANELS = {"adversarial losses": [LOSSES[i] for i in (0, 1, 3)], "L_err_EG": LOSSES[2:3], "reconstruction MSE":
+          ["eval/recon_mse"], "1-NN accuracy on E(x), %": ["eval/knn_acc_short"], "LeNet-FID": ["eval/fid"],
+          "identity, %": ["eval/identity"]}
+
+
+@torch.no_grad()
+def draw(run, data, seen, nets, config):
+    """shared.draw's pictures, and what is ALAE's own: ways in z, and along the principal directions of w."""
+    shared.draw(run, data, seen, PANELS, "FC ALAE")
+    z = torch.randn(16, 1, config.latent_dim, generator=torch.Generator().manual_seed(0)).to(data[0].device)
+    t, w = torch.linspace(0, 1, 10, device=z.device)[:, None], seen["prior"](10_000)
+    values, axes = torch.linalg.eigh((w - w.mean(0)).T @ (w - w.mean(0)) / len(w))  # ascending
+    steps = torch.linspace(-2.5, 2.5, 10, device=z.device)[:, None] * values.flip(0)[:8, None, None].clamp(min=0).sqrt()
+    for name, codes, what, rows in (
+            ("interpolations_z", nets["F"](((1 - t) * z[:8] + t * z[8:]).flatten(0, 1)), "G∘F on the way between two z", ()),
+            ("traversals", (w.mean(0) + steps * axes.T.flip(0)[:8, None]).flatten(0, 1), "from the mean of w along its "
+             "principal directions,\n±2.5 standard deviations", [f"{i + 1}" for i in range(min(8, config.latent_dim))])):
+        run.picture(name, shared.grid(seen["decode"](codes).unflatten(1, data[4]), 10,
+                                      f"FC ALAE, epoch {run.done}: {what}", rows))
+
+
+def animate(run, frames, shape):
+    """samples.gif: samples of the same z after each of the epochs of frames {epoch: uint8 (64, X)}."""
+    from PIL import Image, ImageDraw
+    sheets = []
+    for epoch, x in frames.items():
+        c, h, w = shape
+        sheet = x.view(8, 8, *shape).permute(0, 3, 1, 4, 2).reshape(8 * h, 8 * w, c).expand(-1, -1, 3).numpy()
+        sheets.append(Image.new("RGB", (16 * w, 16 * h + 24)))
+        sheets[-1].paste(Image.fromarray(sheet).resize((16 * w, 16 * h), Image.NEAREST))
+        ImageDraw.Draw(sheets[-1]).text((8, 16 * h + 6), f"epoch {epoch}", "white")
+    shared.write(run.dir / "samples.gif", lambda temporary: sheets[0].save(
+        temporary, "GIF", save_all=True, append_images=sheets[1:], duration=[250] * (len(sheets) - 1) + [3000], loop=0))
+
+
+def evaluate_only(config, device, data):
+    """--eval: all of a run's pictures and final metrics, from a file."""
+    nets = load_model(config.eval, config)[0].to(device)
+    if (X := nets["E"][0].in_features) != data[0].shape[1]:
+        shared.fail(f"{config.eval} is for images of {X} pixels, not {data[0].shape[1]}")
+    run, seen = shared.Run(config, device, sum(p.numel() for p in nets.parameters())), maps(nets, config, device)
+    past = shared.load_checkpoint(config.eval, Config)["run"]
+    run.at |= {key: past[key] for key in ("images", "done", "rows")}
+    metrics = shared.evaluate(config, data, seen, full=True)
+    draw(run, data, seen, nets, config)
+    run.finish(**metrics)
+
+
 def main(config):
     device = shared.setup(config)
     checkpoint = shared.load_checkpoint(config.resume, Config) if config.resume else None
@@ -261,27 +327,35 @@ def main(config):
     if (steps := len(x_train) // config.batch_size) == 0:
         shared.fail(f"--batch-size {config.batch_size} is larger than the data, {len(x_train)} images")
 
+    if config.eval:
+        return evaluate_only(config, device, data)
     if config.benchmark:
         return benchmark(config, x_train)
     parts = start(config, X, device)
     nets, averaged, opt_ED, opt_FG = parts.values()
     first, losses = 0, torch.zeros(len(LOSSES), device=device)  # steps behind us in this epoch, and their losses
+    frames = {}  # of the animation
     if checkpoint:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        first, losses = checkpoint["step"], checkpoint["losses"].to(device)
+        first, losses, frames = checkpoint["step"], checkpoint["losses"].to(device), checkpoint["frames"]
     evaluated = averaged if config.eval_weights == "ema" else nets
     seen = maps(evaluated, config, device)
     run = shared.Run(config, device, sum(p.numel() for p in nets.parameters()), checkpoint)
 
     def save(step):
-        run.save("checkpoint.pt", step=step, losses=losses, **{name: part.state_dict() for name, part in parts.items()})
+        run.save("checkpoint.pt", step=step, losses=losses, frames=frames, **{name: part.state_dict() for name, part in parts.items()})
+
+    def photograph():
+        frames[run.done] = shared.in_chunks(seen["decode"], seen["prior"](64)).clamp(0, 1).mul(255).byte().cpu()
 
     if not checkpoint:
         run.log({"epoch": 0} | shared.untrained(config, data, seen))
+        photograph()
     for epoch in range(run.done + 1, config.epochs + 1):
         order = torch.Generator(device).manual_seed(1_000_003 * config.seed + epoch)
         for step, i in enumerate(shared.batches(len(x_train), config.batch_size, order, skip=first), first + 1):
+            set_rate((opt_ED, opt_FG), config, (epoch - 1 + (step - 1) / steps) / config.epochs)
             losses += train_step(nets, opt_ED, opt_FG, x_train[i], config)
             update_ema(averaged, nets, 0.5 ** (config.batch_size / config.ema))
             run.tick(config.batch_size, losses[0] / step, config.epochs * steps)
@@ -293,13 +367,15 @@ def main(config):
         if looked := epoch % config.eval_every == 0 or epoch == config.epochs:
             row |= shared.evaluate(config, data, seen, full=False)
         run.log(row)
+        if looked or epoch <= 20:
+            photograph()
         save(0)
         if looked:
-            shared.draw(run, data, seen, {"adversarial losses": [LOSSES[i] for i in (0, 1, 3)], "L_err_EG": LOSSES[2:3],
-                                          "reconstruction MSE": ["eval/recon_mse"],
-                                          "1-NN accuracy on E(x), %": ["eval/knn_acc_short"]}, "FC ALAE")
+            draw(run, data, seen, evaluated, config)
 
+    animate(run, frames, data[4])
     run.save("model.pt", **{name: net.state_dict() for name, net in evaluated.items()})
+    run.save("model_half.pt", **{name: copy.deepcopy(net).half().state_dict() for name, net in evaluated.items()})
     run.finish(**shared.evaluate(config, data, seen, full=True))
 
 
