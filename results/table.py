@@ -1,9 +1,9 @@
-"""Tables of finished runs: the local way to compare them, and the source of the README's tables.
+"""Tables of finished runs: the local way to compare them, and the source of results/README.md.
 
     python results/table.py runs/                 # a table of all runs below a folder
     python results/table.py                       # the committed ones in results/
     python results/table.py --collect RUN…        # keep the summaries of these run folders in results/
-    python results/table.py --readme              # put the committed tables between the README's markers
+    python results/table.py --readme              # renew results/README.md, and the README between its markers
 
 Runs that differ in nothing but the seed share a row: mean ± standard deviation (n − 1) over n seeds.
 """
@@ -29,7 +29,6 @@ NAMES |= {"digit_kl": "KL of digits", "digit_min": "rarest digit %", "grad_norm_
 TOGETHER = {"linear autoencoders": ("linear_alae", "linear_latent_regressor"),  # one table for several experiments
             "nonlinear autoencoders: E 784-1024-1024-50, G 50-1024-1024-784": (
                 "autoencoder_mnist", "latent_regressor_mnist", "bigan_mnist", "alae_mnist", "train_fc_alae")}
-ELSEWHERE = ("pca_gd", "compare_autoencoders")  # not in the README, which names where they are
 
 
 def summaries(folder):
@@ -127,11 +126,18 @@ def tables(found):
     return "\n".join(text).rstrip() + "\n"
 
 
+def every_run():
+    """results/README.md: a table of all committed runs."""
+    return ("# All committed runs\n\nWritten by `python results/table.py --readme` from the summaries here. `val`: validation "
+            "images, on which hyperparameters were chosen.\n\n" + tables(summaries(ROOT / "results")))
+
+
 def readme(text):
-    """The README with the committed test results on MNIST between its markers."""
-    found = [s for s in summaries(ROOT / "results") if s["dataset"] == "mnist" and s["split"] != "val"
-             and s["experiment"] not in ELSEWHERE and "one thing" not in kind_of(s)]
-    return re.sub(r"(<!-- results -->\n).*?(<!-- /results -->)", lambda m: m[1] + tables(found) + m[2], text, flags=re.S)
+    """The README with the tables that step3_official_alae/paper_table.py wrote between its markers."""
+    for name in ("table", "clean", "ablation"):
+        content = (ROOT / f"results/paper_table/{name}.md").read_text()
+        text = re.sub(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + content + m[2], text, flags=re.S)
+    return text
 
 
 if __name__ == "__main__":
@@ -144,7 +150,9 @@ if __name__ == "__main__":
     for run in args.collect:
         collect(run)
     if args.readme:
-        write(ROOT / "README.md", lambda temporary: temporary.write_text(readme((ROOT / "README.md").read_text())))
+        for path, text in ((ROOT / "README.md", readme((ROOT / "README.md").read_text())),
+                           (ROOT / "results/README.md", every_run())):
+            write(path, lambda temporary: temporary.write_text(text))
     elif not args.collect:
         if not args.folder.is_dir():
             fail(f"{args.folder}: no such folder")

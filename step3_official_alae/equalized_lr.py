@@ -211,7 +211,7 @@ def sweep(config, device, run):
         for i in shared.batches(len(x), min(config.batch_size, len(x)), torch.Generator(device).manual_seed(config.seed)):
             train_step(*parts.values(), x[i], torch.randn(3, len(i), config.latent_dim, device=device), config.gamma)
             run.stop and run.leave("start it again")
-        mse = shared.evaluate(config, (*data[:3], None, data[4]), maps(parts["nets"], config), full=False)["eval/recon_mse"]
+        mse = shared.recon_mse(data[2], shared.in_chunks(nn.Sequential(parts["nets"]["E"], parts["nets"]["G"]), data[2]))
         found[way][lr] = mse if math.isfinite(mse) else math.inf
         print(f"{WAYS[way]}, learning rate {lr:g}: MSE on validation images {mse:.4f} after one epoch", flush=True)
     return found

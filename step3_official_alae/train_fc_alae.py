@@ -51,6 +51,7 @@ class Config(shared.Protocol):
     lr: float = option(0.002, "learning rate, constant (mnist_fc.yaml)", low=1e-9)
     latent_dim: int = option(50, "dimension of z and of w (paper §6.1)", low=1)
     gamma: float = option(10.0, "weight γ of R1 (paper, algorithm 1)", low=0)
+    err_weight: float = option(1.0, "weight of L_err in Step III (algorithm 1: 1)", low=0)
     ema: float = option(10_000.0, "half-life, in images, of the averaged weights (train_alae.py)", low=1)
     input_range: str = option("01", "pixels in [0, 1] (branch mnist_ref) or [−1, 1] (main branch)", choices=("01", "11"))
     slope: float = option(0.2, "leaky slope in G and on E's output (net.py; branch mnist_ref: 0.01)", low=0, high=1)
@@ -65,7 +66,7 @@ class Config(shared.Protocol):
     resume: str = option("", "checkpoint.pt to go on from")
     eval: str = option("", "model.pt or checkpoint.pt to evaluate and draw, without training")
     benchmark: bool = option(False, "measure the speed of a training step, and stop")
-    recipes = {("recipe", "fast"): {"epochs": 60, "batch_size": 64, "lr": 0.008, "decay": 0.5}}
+    recipes = {("recipe", "fast"): {"epochs": 40, "batch_size": 64, "lr": 0.008, "decay": 0.5, "err_weight": 0.1, "output": "bounded"}}
 
 
 # B batch, Z = W = latent_dim, X = pixels (784), H = 1024
@@ -125,16 +126,11 @@ class LREQAdam(torch.optim.Adam):
 
 def L_adv_ED(D, E, x, x_fake, gamma):
     """softplus(D(E(x_fake))) + softplus(−D(E(x))) + γ/2 ‖∇ₓ D(E(x))‖², mean over the batch, and its last term."""
-    x = x.detach().requires_grad_(gamma > 0)
+    x = x.detach().requires_grad_()
     real, fake = D(E(x)), D(E(x_fake))  # (B, 1)
-    r1 = gamma / 2 * r1_penalty(real, x) if gamma > 0 else torch.zeros((), device=x.device)
-    return (softplus(fake) + softplus(-real)).mean() + r1, r1
-
-
-def r1_penalty(real, x):
-    """‖∇ₓ D(E(x))‖², mean over the batch (arXiv 1801.04406)."""
     gradient, = torch.autograd.grad(real.sum(), x, create_graph=True)  # (B, X)
-    return gradient.square().sum(1).mean()
+    r1 = gamma / 2 * gradient.square().sum(1).mean()
+    return (softplus(fake) + softplus(-real)).mean() + r1, r1
 
 
 def L_adv_FG(D, E, x_fake):
@@ -170,7 +166,7 @@ def train_step(nets, opt_ED, opt_FG, x, config):
     # Step III: E inverts G, on latents.
     opt_ED.zero_grad(), opt_FG.zero_grad()
     loss_err = L_err_EG(E, G, F(z_III))
-    loss_err.backward(inputs=EFG)
+    (config.err_weight * loss_err).backward(inputs=EFG)
     for p in D.parameters():  # zeros, not None: its second moment decays (deviation 2)
         p.grad = torch.zeros_like(p)
     opt_ED.step(), opt_FG.step()
@@ -236,14 +232,12 @@ def benchmark(config, x_train, steps=300):
     macs += 3 * (f + e) + 2 * (e + d) + 3 * (f + 2 * e)  # II; III
 
     def milliseconds(function, n):
-        times = []
+        times = [time.perf_counter()]
         for _ in range(n):
-            begin = time.perf_counter()
             function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(1e3 * (time.perf_counter() - begin))
-        return sorted(times[n // 10:])[n * 9 // 20]  # median without the first tenth
+            device.type == "cuda" and torch.cuda.synchronize()
+            times.append(time.perf_counter())
+        return 1e3 * torch.tensor(times, dtype=torch.float64).diff()[n // 10:].median().item()  # without the first tenth
 
     torch.set_float32_matmul_precision("highest")
     a, b = torch.randn(128, 1024, device=device), torch.randn(1024, 1024, device=device)
@@ -289,36 +283,36 @@ def draw(run, data, seen, nets, config):
 
 
 def animate(run, frames, shape):
-    """samples.gif: samples of the same z after each of the epochs of frames {epoch: uint8 (64, X)}."""
+    """samples.gif: samples of the same z after up to 32 of the epochs of frames {epoch: uint8 (64, X)}, in 16 greys."""
     from PIL import Image, ImageDraw
-    sheets = []
-    for epoch, x in frames.items():
-        c, h, w = shape
-        sheet = x.view(8, 8, *shape).permute(0, 3, 1, 4, 2).reshape(8 * h, 8 * w, c).expand(-1, -1, 3).numpy()
+    (c, h, w), epochs, sheets = shape, list(frames), []
+    for epoch in dict.fromkeys(epochs[round(i)] for i in torch.linspace(0, len(epochs) - 1, 32).tolist()):
+        sheet = frames[epoch].view(8, 8, *shape).permute(0, 3, 1, 4, 2).reshape(8 * h, 8 * w, c).expand(-1, -1, 3) // 16 * 17
         sheets.append(Image.new("RGB", (16 * w, 16 * h + 24)))
-        sheets[-1].paste(Image.fromarray(sheet).resize((16 * w, 16 * h), Image.NEAREST))
+        sheets[-1].paste(Image.fromarray(sheet.numpy()).resize((16 * w, 16 * h), Image.NEAREST))
         ImageDraw.Draw(sheets[-1]).text((8, 16 * h + 6), f"epoch {epoch}", "white")
+    times = [250] * (len(sheets) - 1) + [3000]  # ms
     shared.write(run.dir / "samples.gif", lambda temporary: sheets[0].save(
-        temporary, "GIF", save_all=True, append_images=sheets[1:], duration=[250] * (len(sheets) - 1) + [3000], loop=0))
+        temporary, "GIF", save_all=True, append_images=sheets[1:], duration=times, loop=0))
 
 
-def evaluate_only(config, device, data):
-    """--eval: all of a run's pictures and final metrics, from a file."""
-    nets = load_model(config.eval, config)[0].to(device)
+def show(config, device, data):
+    """--eval: a run's pictures and final metrics, from its file."""
+    nets, past = load_model(config.eval, config)[0].to(device), shared.load_checkpoint(config.eval, Config)["run"]
     if (X := nets["E"][0].in_features) != data[0].shape[1]:
         shared.fail(f"{config.eval} is for images of {X} pixels, not {data[0].shape[1]}")
     run, seen = shared.Run(config, device, sum(p.numel() for p in nets.parameters())), maps(nets, config, device)
-    past = shared.load_checkpoint(config.eval, Config)["run"]
     run.at |= {key: past[key] for key in ("images", "done", "rows")}
-    metrics = shared.evaluate(config, data, seen, full=True)
     draw(run, data, seen, nets, config)
-    run.finish(**metrics)
+    run.finish(**shared.evaluate(config, data, seen, full=True))
 
 
 def main(config):
     device = shared.setup(config)
     checkpoint = shared.load_checkpoint(config.resume, Config) if config.resume else None
     data = shared.load_vectors(config, device, toys=False)
+    if config.eval:
+        return show(config, device, data)
     x_train, X = to_x(data[0], config), data[0].shape[1]
     if config.smoke:
         config.epochs = min(config.epochs, 2)
@@ -327,8 +321,6 @@ def main(config):
     if (steps := len(x_train) // config.batch_size) == 0:
         shared.fail(f"--batch-size {config.batch_size} is larger than the data, {len(x_train)} images")
 
-    if config.eval:
-        return evaluate_only(config, device, data)
     if config.benchmark:
         return benchmark(config, x_train)
     parts = start(config, X, device)
@@ -344,7 +336,7 @@ def main(config):
     run = shared.Run(config, device, sum(p.numel() for p in nets.parameters()), checkpoint)
 
     def save(step):
-        run.save("checkpoint.pt", step=step, losses=losses, frames=frames, **{name: part.state_dict() for name, part in parts.items()})
+        run.save("checkpoint.pt", step=step, losses=losses, frames=frames, **{k: part.state_dict() for k, part in parts.items()})
 
     def photograph():
         frames[run.done] = shared.in_chunks(seen["decode"], seen["prior"](64)).clamp(0, 1).mul(255).byte().cpu()

@@ -14,6 +14,7 @@ PCA, LINEAR, LR, COMPARE = (f"step1_linear/{name}.py" for name in (
     "pca_gd", "linear_alae", "linear_latent_regressor", "compare_autoencoders"))
 GAN, BIGAN, LR_MNIST, AE, ALAE = (f"step2_gan/{name}_mnist.py" for name in (
     "gan", "bigan", "latent_regressor", "autoencoder", "alae"))
+EQUALIZED, TABLE = "step3_official_alae/equalized_lr.py", "step3_official_alae/paper_table.py"
 CASES = [
     (FC_ALAE, ["--nonsense"], "--nonsense"),
     (FC_ALAE, ["--split", "test"], "--split"),
@@ -46,6 +47,25 @@ CASES = [
     (FC_ALAE, ["--resume", "{tmp}/other.pt"], "checkpoint of pca_gd"),
     (FC_ALAE, ["--resume", "{tmp}/older.pt"], "other version"),
     (FC_ALAE, ["--wandb", "--smoke"], "wandb login"),
+    (FC_ALAE, ["--recipe", "slow"], "--recipe"),
+    (FC_ALAE, ["--decay", "1.5"], "--decay 1.5"),
+    (FC_ALAE, ["--eval", "{tmp}/nothing.pt"], "no such file"),
+    (FC_ALAE, ["--eval", "{tmp}/file"], "no checkpoint"),
+    (FC_ALAE, ["--eval", "{tmp}/other.pt"], "checkpoint of pca_gd"),
+    (FC_ALAE, ["--eval", "{root}/assets/fc_alae.pt", "--lr", "1"], "was trained with --lr"),
+    (FC_ALAE, ["--eval", "{root}/assets/fc_alae.pt", "--dataset", "folder:{tmp}/few"], "for images of 784 pixels"),
+    (FC_ALAE, ["--resume", "{root}/assets/fc_alae.pt"], "a trained model"),
+    (EQUALIZED, ["--lrs", "1e-4", "0"], "--lrs 0"),
+    (EQUALIZED, ["--exact-steps", "0"], "--exact-steps 0"),
+    (EQUALIZED, ["--batch-size", "60001"], "60000 images"),
+    (EQUALIZED, ["--latent-dim", "785"], "784"),
+    (EQUALIZED, ["--resume", "{tmp}/other.pt"], "checkpoint of pca_gd"),
+    (TABLE, ["--methods", "vae"], "--methods"),
+    (TABLE, ["--epochs", "0"], "--epochs 0"),
+    (TABLE, ["--seeds", "0", "-1"], "--seeds -1"),
+    (TABLE, ["--seed", "1"], "--seeds"),
+    (TABLE, ["--dataset", "fashion_mnist"], "MNIST"),
+    (TABLE, ["--out-dir", "{tmp}/file"], "cannot write"),
     (PCA, ["--k", "0"], "--k 0"),
     (PCA, ["--k", "784"], "1 to 783"),
     (PCA, ["--dataset", "swiss_roll", "--k", "3"], "1 to 2"),
@@ -161,7 +181,7 @@ def here(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("file, args, fragment", CASES, ids=[f"{file} {' '.join(args)}" for file, args, _ in CASES])
 def test_bad_input(file, args, fragment, bad, here, command, tmp_path):
     run = command if "--wandb" in args else here
-    assert_refused(run(file, *(arg.format(tmp=bad) for arg in args)), fragment)
+    assert_refused(run(file, *(arg.format(tmp=bad, root=ROOT) for arg in args)), fragment)
     assert not list(tmp_path.glob("runs/*/*")), "a run's folder was left"
 
 

@@ -1,4 +1,5 @@
 """The distilled official ALAE: its optimizer, its losses, which parameters each step moves, and going on after a stop."""
+import json
 import os
 import signal
 import subprocess
@@ -6,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from conftest import ENVIRONMENT, FC_ALAE, ROOT, assert_same, train_here
 from torch import nn
 
@@ -70,10 +72,8 @@ def test_lreq_adam_is_runtime_scaling_under_adam():
 
 
 def test_r1_of_a_linear_critic():
-    a, x = torch.randn(20, 1), torch.randn(9, 20).requires_grad_()
-    torch.testing.assert_close(alae.r1_penalty(x @ a, x), a.square().sum())
     D, gamma = nn.Linear(20, 1), 10.0
-    loss, r1 = alae.L_adv_ED(D, nn.Identity(), x.detach(), torch.randn(9, 20), gamma)
+    loss, r1 = alae.L_adv_ED(D, nn.Identity(), torch.randn(9, 20), torch.randn(9, 20), gamma)
     torch.testing.assert_close(r1, gamma / 2 * D.weight.square().sum())
     assert loss > r1
 
@@ -213,3 +213,58 @@ def test_load_model_gives_the_evaluated_networks(straight):
     assert nets["G"](nets["E"](x)).shape == (3, 784) and config.latent_dim == 50
     averaged = torch.load(straight / "checkpoint.pt", weights_only=True)["averaged"]
     assert_same(dict(nets.state_dict()), dict(averaged))
+
+
+@pytest.mark.parametrize("file", ["model.pt", "checkpoint.pt", "model_half.pt"])
+def test_eval_gives_a_runs_final_metrics_and_pictures(file, straight, tmp_path, monkeypatch):
+    train(monkeypatch, "--eval", str(straight / file), "--smoke", "--out-dir", str(tmp_path), "--run-name", "e")
+    a, b = (json.loads((folder / "summary.json").read_text()) for folder in (straight, tmp_path / "train_fc_alae" / "e"))
+    assert b["epochs"] == 2 and b["images_seen"] == a["images_seen"] and "eval" in b["setting"]
+    for key in (key for key in a if key.startswith("eval/")):
+        assert b[key] == pytest.approx(a[key], rel=0.02) if "half" in file else b[key] == a[key], key
+    pictures = {path.name for path in straight.glob("*.png")}
+    assert {path.name for path in (tmp_path / "train_fc_alae" / "e").glob("*.png")} == pictures
+    assert {"samples.png", "reconstructions.png", "interpolations.png", "interpolations_z.png", "traversals.png"} <= pictures
+
+
+def test_eval_weights_of_a_checkpoint_may_be_chosen_those_of_a_model_not(straight, tmp_path, monkeypatch, capsys):
+    raw, _ = alae.load_model(straight / "checkpoint.pt", alae.Config(eval_weights="raw"))
+    assert_same(dict(raw.state_dict()), dict(torch.load(straight / "checkpoint.pt", weights_only=True)["nets"]))
+    train(monkeypatch, "--eval", str(straight / "checkpoint.pt"), "--eval-weights", "raw", "--smoke", "--out-dir", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, "--eval", str(straight / "model.pt"), "--eval-weights", "raw")
+    assert stop.value.code == 2 and "--eval-weights ema, not raw" in capsys.readouterr().err
+
+
+def test_the_animation_has_a_frame_for_each_epoch(straight):
+    with Image.open(straight / "samples.gif") as animation:
+        assert animation.n_frames == 3 and animation.size == (448, 472)
+
+
+def test_decay():
+    config, parts = small(lr=0.004, decay=0.5)
+    for done, factor in ((0.0, 1), (0.5, 1), (0.75, 0.5), (0.9, 0.2), (1.0, 0)):
+        alae.set_rate((parts["opt_ED"], parts["opt_FG"]), config, done)
+        assert parts["opt_ED"].param_groups[0]["lr"] == pytest.approx(
+            0.004 * factor * parts["nets"]["E"][0].weight.lr_equalization_coef)
+    alae.set_rate((parts["opt_FG"],), alae.Config(lr=0.004), 0.99)
+    assert parts["opt_FG"].param_groups[0]["lr"] == pytest.approx(0.004 * 0.1 * (2 / 5) ** 0.5)
+
+
+def test_options_of_the_networks():
+    config, parts = small(mapping="identity", critic="mlp", output="bounded")
+    F, G, E, D = (parts["nets"][name] for name in "FGED")
+    z = torch.randn(6, 5)
+    torch.testing.assert_close(F(z), alae.PixelNorm()(z))
+    assert 0 <= G(100 * z).min() < 0.01 and 0.99 < G(100 * z).max() <= 1
+    assert (D(2 * z) + D(torch.zeros_like(z)) - 2 * D(z)).abs().max() > 1e-4  # bends
+    assert alae.train_step(parts["nets"], parts["opt_ED"], parts["opt_FG"], torch.rand(8, 20), config).isfinite().all()
+    G, D = (alae.build(alae.Config(latent_dim=5, output="bounded", input_range="11"), 20)[name] for name in "GD")
+    assert G(10 * z).min() < -0.5 and G(10 * z).min() >= -1
+    torch.testing.assert_close(D(2 * z), 2 * D(z), rtol=1e-4, atol=1e-6)  # the official one is linear
+
+
+def test_the_recipe_is_a_set_of_defaults():
+    config = shared.parse_config(alae.Config, ["--recipe", "fast", "--lr", "0.5"])
+    assert (config.lr, config.batch_size, config.decay) == (0.5, 64, alae.Config.recipes["recipe", "fast"]["decay"])
+    assert shared.parse_config(alae.Config, []) == alae.Config()
