@@ -37,16 +37,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shared
 from shared import option
 
-FC, FC_FAST = "step3_official_alae/train_fc_alae.py", "--recipe fast"
-METHODS = {  # our name: (the paper's row, file, options)
-    "l1": ("AE(l1)", "step2_gan/autoencoder_mnist.py", "--loss l1"),
-    "l2": ("AE(l2)", "step2_gan/autoencoder_mnist.py", ""),
-    "lr": ("LR", "step2_gan/latent_regressor_mnist.py", ""),
-    "jlr": ("JLR", "step2_gan/latent_regressor_mnist.py", "--joint"),
-    "bigan": ("BiGAN", "step2_gan/bigan_mnist.py", ""),
-    "alae": ("ALAE", FC, ""),
-    "alae_paper": ("ALAE", "step2_gan/alae_mnist.py", ""),
-    "alae_fast": ("ALAE", FC, FC_FAST)}
+FC = "step3_official_alae/train_fc_alae.py"
+METHODS = {  # our name: (the paper's row, file, options, the same as a summary's "setting")
+    "l1": ("AE(l1)", "step2_gan/autoencoder_mnist.py", "--loss l1", "loss l1"),
+    "l2": ("AE(l2)", "step2_gan/autoencoder_mnist.py", "", ""),
+    "lr": ("LR", "step2_gan/latent_regressor_mnist.py", "", ""),
+    "jlr": ("JLR", "step2_gan/latent_regressor_mnist.py", "--joint", "joint True"),
+    "bigan": ("BiGAN", "step2_gan/bigan_mnist.py", "", ""),
+    "alae": ("ALAE", FC, "", ""),
+    "alae_paper": ("ALAE", "step2_gan/alae_mnist.py", "", ""),
+    "alae_fast": ("ALAE", FC, "--recipe fast", "recipe fast")}
 LABELS = {"alae": "ALAE, official setting", "alae_paper": "ALAE, from the paper's text", "alae_fast": "ALAE, recipe fast"}
 COLUMNS = [(kind, split) for split in ("sw", "dw") for kind in ("knn", "svm")]
 PAPER = {  # short, long for each of the COLUMNS
@@ -56,10 +56,13 @@ PAPER = {  # short, long for each of the COLUMNS
     "JLR": ((92.54, 97.02), (89.23, 97.19), (91.97, 96.45), (90.82, 97.62)),
     "BiGAN": ((95.83, 97.14), (90.52, 97.59), (95.38, 96.81), (91.34, 97.74)),
     "ALAE": ((93.79, 97.61), (93.47, 98.20), (94.59, 97.47), (94.23, 98.64))}
-ABLATION = {  # one change to the recipe fast: options. Its other fields stand in every command
-    "chosen": "", "input-11": "--input-range 11", "slope-0.01": "--slope 0.01", "mapping-identity": "--mapping identity",
-    "critic-mlp": "--critic mlp", "output-bounded": "--output bounded", "gamma-1": "--gamma 1", "lr-0.004": "--lr 0.004",
-    "lr-0.016": "--lr 0.016", "batch-128": "--batch-size 128", "decay-0": "--decay 0", "raw": "--eval-weights raw"}
+BASE = "--lr 0.008 --batch-size 64 --decay 0.5"
+ABLATION = {  # changes to BASE, in the order in which they were tried; its first run is named for what it was then
+    "chosen": "", "critic-mlp": "--critic mlp", "output-bounded": "--output bounded", "slope-0.01": "--slope 0.01",
+    "input-11": "--input-range 11", "bounded-identity": "--output bounded --mapping identity",
+    "bounded-err-0.1-lr-0.016": "--output bounded --err-weight 0.1 --lr 0.016",
+    "bounded-err-0.1": "--output bounded --err-weight 0.1",
+    "bounded-err-0.1-raw": "--output bounded --err-weight 0.1 --eval-weights raw"}
 MEASURES = {"recon_mse": "test MSE", "identity": "identity %", "fid": "LeNet-FID", "knn_acc_short": "1-NN short",
             "knn_acc_long": "1-NN long", "svm_acc_short": "SVM short", "svm_acc_long": "SVM long"}
 
@@ -79,8 +82,7 @@ class Config(shared.Protocol):
 def jobs(config):
     """{run's name: (file, options)} of all that is to be trained."""
     if config.ablate:
-        return {f"ablate-{name}-seed{seed}-e{config.epochs}": (FC, f"--split val --seed {seed} --lr 0.008 --batch-size 64 "
-                                                               f"--decay 0.5 --eval-every 10 {more}".strip())
+        return {f"ablate-{name}-seed{seed}-e{config.epochs}": (FC, f"--split val --seed {seed} {BASE} {more}")
                 for seed in config.seeds for name, more in ABLATION.items()}
     return {f"{method}-{split}-seed{seed}-e{config.epochs}": (
         METHODS[method][1], f"--split {split} --seed {seed} {METHODS[method][2]}"
@@ -132,16 +134,18 @@ def gather(folder, target):
             shared.write(target / f"{run.name}.csv", lambda temporary: temporary.write_text(table))
 
 
-def runs_of(target):
-    """{(method, epochs): {split: [summary of each seed]}} of the table's runs, {change: [summary …]} of the ablation's."""
+def runs_of(*folders):
+    """{(method, epochs): {split: [summary of each seed]}} of the committed runs of METHODS below the folders, and {change:
+    [summary of each seed]} of the ablation's."""
     rows, changes = {}, {}
-    for path in sorted(target.glob("*.json")):
-        first, *rest = path.stem.split("-")
-        summary = json.loads(path.read_text())
-        if first == "ablate":
-            changes.setdefault("-".join(rest[:-2]), []).append(summary)
-        else:
-            rows.setdefault((first, summary["epochs"]), {}).setdefault(rest[0], []).append(summary)
+    for path in sorted({path for folder in folders for path in folder.rglob("*.json")}):
+        s = json.loads(path.read_text())
+        method = next((key for key, (_, file, _, setting) in METHODS.items() if s.get("status") == "done" and s["dataset"] == "mnist"
+                       and (Path(file).stem, setting) == (s["experiment"], s["setting"])), None)
+        if s["run"].startswith("ablate-"):
+            changes.setdefault(s["run"].removeprefix("ablate-").rsplit("-seed", 1)[0], []).append(s)
+        elif method and s["split"] != "val":
+            rows.setdefault((method, s["epochs"]), {}).setdefault(s["split"], []).append(s)
     return rows, changes
 
 
@@ -157,27 +161,30 @@ def markdown(lines):
 
 
 def table(rows):
-    """Ours, the paper's and the difference, in the paper's order; then what of the paper's order of methods holds."""
+    """Ours with the difference to the paper's, in the paper's order; then what of the paper's order of methods holds."""
     lines = [["", "epochs", "seeds", *(f"{'1-NN' if kind == 'knn' else 'SVM'} {split.upper()}" for kind, split in COLUMNS)]]
 
     def accuracies(splits, section="eval"):
         return [[[s[key] for s in splits.get(split, []) if (key := f"{section}/{kind}_acc_{length}") in s]
                  for length in ("short", "long")] for kind, split in COLUMNS]
+
+    def with_difference(ours, paper):
+        if not any(ours):
+            return "–"
+        return " / ".join(map(cell, ours)) + f" ({' / '.join(f'{statistics.fmean(v) - p:+.2f}' for v, p in zip(ours, paper))})"
     for method, (name, *_) in METHODS.items():
         if method not in LABELS or method == "alae":
-            lines.append([f"{name}, paper", "", "5", *(f"{a:.2f} / {b:.2f}" for a, b in PAPER[name])])
+            lines.append([f"**{name}**, paper", "", "5", *(f"{a:.2f} / {b:.2f}" for a, b in PAPER[name])])
         for (_, epochs), splits in sorted((item for item in rows.items() if item[0][0] == method)):
-            cells = accuracies(splits)
-            seeds = sorted({len({s["seed"] for s in runs}) for runs in splits.values()})
-            lines.append([LABELS.get(method, f"{name}, ours"), str(epochs), " to ".join(map(str, seeds)),
-                          *(f"{cell(a)} / {cell(b)}" for a, b in cells)])
-            lines.append(["difference", "", "", *(" / ".join(f"{statistics.fmean(v) - p:+.2f}" if v else "–" for v, p in zip(ours, theirs))
-                                                  for ours, theirs in zip(cells, PAPER[name]))])
+            seeds = [str(len(splits[split])) for split in ("sw", "dw") if split in splits]
+            lines.append([LABELS.get(method, "ours"), str(epochs), ", ".join(seeds),
+                          *map(with_difference, accuracies(splits), PAPER[name])])
     for section, name in (("pixels", "raw pixels"), ("untrained", "untrained encoder of ALAE")):
         if found := next((splits for (method, _), splits in rows.items() if method == "alae"
                           and any(f"{section}/svm_acc_short" in s for runs in splits.values() for s in runs)), None):
             lines.append([name, "0", "1", *(cell(a) + (f" / {cell(b)}" if b else "") for a, b in accuracies(found, section))])
-    text = markdown(lines) + "\nAccuracy in %, on short / long features; mean ± standard deviation where there are several seeds.\n"
+    text = markdown(lines) + "\nAccuracy in %, on short / long features (difference to the paper's); mean ± standard deviation over " \
+        "several seeds.\n"
     for epochs in sorted({epochs for _, epochs in rows}):
         ours = {METHODS[method][0]: accuracies(splits) for (method, of), splits in rows.items() if of == epochs
                 and method not in ("alae_paper", "alae_fast")}
@@ -204,16 +211,18 @@ def ablation(changes):
 
 
 def along(target, rows):
-    """{label: rows of metrics.csv} on DW, of the first seed and the most epochs of each method that draws."""
-    best = {}
-    for (method, epochs), splits in sorted(rows.items(), key=lambda item: item[0][1]):
-        if method in ("l2", "bigan", *LABELS) and "dw" in splits:
+    """{label: {epoch: metrics}} on DW, seed 0, of each method that draws: along the longest run kept in the target, and at the
+    ends of all."""
+    found = {}
+    for (method, epochs), splits in sorted(rows.items()):
+        if method not in ("l1", "lr", "jlr") and "dw" in splits:
+            points = found.setdefault(LABELS.get(method, METHODS[method][0]), {})
             summary = min(splits["dw"], key=lambda s: s["seed"])
-            with open(target / f"{summary['run']}.csv") as file:
-                points = {int(row["epoch"]): {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)}
-            points[epochs] |= {key: summary[key] for key in summary if key.startswith("eval/")}
-            best[LABELS.get(method, METHODS[method][0])] = points
-    return best
+            if (path := target / f"{summary['run']}.csv").exists():
+                with open(path) as file:
+                    points |= {int(row["epoch"]): {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)} | points
+            points[epochs] = {key: value for key, value in summary.items() if key.startswith("eval/")}
+    return {label: dict(sorted(points.items())) for label, points in found.items()}
 
 
 def clean(lines):
@@ -276,7 +285,7 @@ def main(config):
             pool.shutdown(cancel_futures=True)
             shared.fail("interrupted; the same command goes on", 130)
     gather(folder, target)
-    rows, changes = runs_of(target)
+    rows, changes = runs_of(target if config.smoke else shared.ROOT / "results")
     lines = along(target, rows)
     texts = {"table": table(rows), "clean": clean(lines), "ablation": ablation(changes)}
     for name, text in texts.items():

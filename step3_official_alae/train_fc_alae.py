@@ -7,14 +7,15 @@ so that the reconstruction G(E(x)) never compares pixels. Algorithm 1 of the pap
     II.  F, G   minimise  L_adv^{F,G} = softplus(−D(E(G(F(z)))))
     III. E, G   minimise  L_err^{E,G} = ‖F(z) − E(G(F(z)))‖²
 
-    python step3_official_alae/train_fc_alae.py                                      # 20 epochs
-    python step3_official_alae/train_fc_alae.py --epochs 8 --lr 0.008 --batch-size 64   # the README's quick line
+    python step3_official_alae/train_fc_alae.py --eval assets/fc_alae.pt             # the trained model, in under a minute
+    python step3_official_alae/train_fc_alae.py                                      # the official setting, 20 epochs
+    python step3_official_alae/train_fc_alae.py --recipe fast                        # ours (deviation 8), FASTMIN
     python step3_official_alae/train_fc_alae.py --epochs 600                         # the official length
     python step3_official_alae/train_fc_alae.py --resume runs/train_fc_alae/NAME/checkpoint.pt --epochs 100
 
-Result to expect (averaged weights, test images; AMD EPYC, README has the tables): after 20 epochs, 11 minutes on one core,
-seeds 0 to 2: MSE 0.029 ± 0.002, SVM on short / long features 87.9 ± 0.8 / 97.5 ± 0.2 %, identity 88.4 ± 0.3 %; after 100,
-seed 0: 0.0202, 90.8 / 98.1 %, 92.1 %.
+Result to expect (averaged weights, test images, one core of an AMD EPYC; README has the tables): official, 20 epochs, 11
+minutes, seeds 0 to 2: MSE 0.029 ± 0.002, SVM on short / long features 87.9 ± 0.8 / 97.5 ± 0.2 %, identity 88.4 ± 0.3 %; 100
+epochs, seed 0: 0.0202, 90.8 / 98.1 %, 92.1 %. FASTRESULT
 
 Deviations from the paper (P) or the official code (O, github.com/podgorskiy/ALAE, mnist_fc.yaml):
  1. P: "Adam"; O and here: LREQAdam, Adam with β1 = 0 whose step is multiplied by each layer's He constant (see below).
@@ -27,6 +28,10 @@ Deviations from the paper (P) or the official code (O, github.com/podgorskiy/ALA
  6. O: the averaged weights start at a second random initialization; here at the first. Forgotten within an epoch.
  7. O: features for the classifiers come from the raw weights, pictures from the averaged; here both come from
     --eval-weights, ema by default.
+ 8. --recipe fast, chosen on val (results/paper_table/ablation.md). Adam with β1 = 0 moves a weight by about lr·c a step
+    whatever the loss, so what counts is lr times steps: four times the lr on half the batch, falling to 0 over the second
+    half. G ends in a sigmoid: a linear layer has to cancel 1024 hidden units in every black pixel, and what it has not
+    learned yet is the speckle. L_err weighs a tenth: its scale matters because it shares its moments with L_adv.
 """
 import copy
 import math
@@ -270,15 +275,16 @@ PANELS = {"adversarial losses": [LOSSES[i] for i in (0, 1, 3)], "L_err_EG": LOSS
 def draw(run, data, seen, nets, config):
     """shared.draw's pictures, and what is ALAE's own: ways in z, and along the principal directions of w."""
     shared.draw(run, data, seen, PANELS, "FC ALAE")
-    z = torch.randn(16, 1, config.latent_dim, generator=torch.Generator().manual_seed(0)).to(data[0].device)
-    t, w = torch.linspace(0, 1, 10, device=z.device)[:, None], seen["prior"](10_000)
+    device, n = data[0].device, min(8, config.latent_dim)
+    z = torch.randn(16, 1, config.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
+    t, w = torch.linspace(0, 1, 11, device=device)[:, None], seen["prior"](10_000)
     values, axes = torch.linalg.eigh((w - w.mean(0)).T @ (w - w.mean(0)) / len(w))  # ascending
-    steps = torch.linspace(-2.5, 2.5, 10, device=z.device)[:, None] * values.flip(0)[:8, None, None].clamp(min=0).sqrt()
+    steps = (5 * t - 2.5) * values.flip(0)[:n, None, None].clamp(min=0).sqrt() * axes.T.flip(0)[:n, None]  # (n, 11, W)
     for name, codes, what, rows in (
             ("interpolations_z", nets["F"](((1 - t) * z[:8] + t * z[8:]).flatten(0, 1)), "G∘F on the way between two z", ()),
-            ("traversals", (w.mean(0) + steps * axes.T.flip(0)[:8, None]).flatten(0, 1), "from the mean of w along its "
-             "principal directions,\n±2.5 standard deviations", [f"{i + 1}" for i in range(min(8, config.latent_dim))])):
-        run.picture(name, shared.grid(seen["decode"](codes).unflatten(1, data[4]), 10,
+            ("traversals", (seen["encode"](data[2][:1]) + steps).flatten(0, 1), "from a test image's w (centre) along the\n"
+             "principal directions of w = F(z), ±2.5 standard deviations", [f"direction {i + 1}" for i in range(n)])):
+        run.picture(name, shared.grid(seen["decode"](codes).unflatten(1, data[4]), 11,
                                       f"FC ALAE, epoch {run.done}: {what}", rows))
 
 

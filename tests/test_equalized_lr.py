@@ -68,13 +68,13 @@ def test_lreq_adam_is_the_one_of_train_fc_alae():
 
 
 def test_resume_equals_no_interruption(tmp_path, monkeypatch, capsys):
-    args = ["--smoke", "--epochs", "2", "--exact-steps", "1", "--lrs", "1e-4", "--out-dir", str(tmp_path), "--run-name"]
+    args = ["--smoke", "--epochs", "2", "--exact-steps", "1", "--lrs", "1e-4", "--batch-size", "500", "--out-dir", str(tmp_path), "--run-name"]
     train_here(monkeypatch, lr, *args, "a")
     tick = shared.Run.tick
 
     def tick_then_signal(run, *rest):
         tick(run, *rest)
-        if run.at["steps"] == 20:  # in the second epoch
+        if run.at["steps"] == 6:  # in the second epoch
             run._interrupt()
     with monkeypatch.context() as patch:
         patch.setattr(shared.Run, "tick", tick_then_signal)
