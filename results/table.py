@@ -134,7 +134,7 @@ def every_run():
 
 def readme(text):
     """The README with the tables that step3_official_alae/paper_table.py wrote between its markers."""
-    for name in ("table", "clean", "ablation"):
+    for name in ("table", "clean"):
         content = (ROOT / f"results/paper_table/{name}.md").read_text()
         text = re.sub(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + content + m[2], text, flags=re.S)
     return text

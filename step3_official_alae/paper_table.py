@@ -184,7 +184,7 @@ def table(rows):
                           and any(f"{section}/svm_acc_short" in s for runs in splits.values() for s in runs)), None):
             lines.append([name, "0", "1", *(cell(a) + (f" / {cell(b)}" if b else "") for a, b in accuracies(found, section))])
     text = markdown(lines) + "\nAccuracy in %, on short / long features (difference to the paper's); mean ± standard deviation over " \
-        "several seeds.\n"
+        "several seeds."
     for epochs in sorted({epochs for _, epochs in rows}):
         ours = {METHODS[method][0]: accuracies(splits) for (method, of), splits in rows.items() if of == epochs
                 and method not in ("alae_paper", "alae_fast")}
@@ -192,12 +192,11 @@ def table(rows):
                  if PAPER[a][c][i] > PAPER[b][c][i] + 1 and ours[a][c][i] and ours[b][c][i]]
         wrong = [f"{a} above {b} ({lines[0][3 + c]} {('short', 'long')[i]})" for a, b, c, i in pairs
                  if statistics.fmean(ours[a][c][i]) <= statistics.fmean(ours[b][c][i])]
-        if pairs:
-            text += f"\nAt {epochs} epochs {len(pairs) - len(wrong)} of the {len(pairs)} pairs that the paper has more than a point " \
-                    f"apart are in its order{'; not: ' + ', '.join(wrong) if wrong else ''}.\n"
+        text += f" At {epochs} epochs {len(pairs) - len(wrong)} of the {len(pairs)} pairs that the paper has more than a point " \
+                f"apart are in its order{'; not: ' + ', '.join(wrong) if wrong else ''}." if pairs else ""
     notes = [f"{LABELS.get(method, METHODS[method][0])}: `{s['command']}`, {s['wall_s'] / 60:.0f} minutes on {s['hardware']}, torch "
              f"{s['torch']}" for (method, _), splits in sorted(rows.items()) for _, (s, *_) in sorted(splits.items())]
-    return text + "\n" + "<br>".join(notes) + "\n"
+    return text + "\n\n" + "<br>".join(notes) + "\n"
 
 
 def ablation(changes):
@@ -227,11 +226,12 @@ def along(target, rows):
 
 def clean(lines):
     """MSE / identity / LeNet-FID after so many epochs."""
-    epochs = sorted({e for points in lines.values() for e in points} & {1, 2, 3, 5, 10, 20, 40, 50, 60, 80, 100, 200, 400, 600})
-    keys = [f"eval/{key}" for key in ("recon_mse", "identity", "fid")]
+    form = {"eval/recon_mse": ".4f", "eval/identity": ".1f", "eval/fid": ".0f"}
+    epochs = sorted({e for points in lines.values() for e, row in points.items() if e and "eval/fid" in row}
+                    & {1, 2, 3, 5, 10, 20, 25, 40, 50, 60, 80, 100, 200, 400, 600})
     return markdown([["MSE / identity % / LeNet-FID after epochs", *map(str, epochs)], *(
-        [label, *(" / ".join(f"{points[e][key]:{form}}" if key in points.get(e, {}) else "–" for key, form in zip(keys, (".4f", ".1f", ".0f")))
-                  for e in epochs)] for label, points in lines.items())])
+        [label, *(" / ".join(f"{row[key]:{form[key]}}" for key in form if key in row) or "–"
+                  for row in (points.get(e, {}) for e in epochs))] for label, points in lines.items())])
 
 
 def draw(rows, lines, target):
@@ -249,15 +249,16 @@ def draw(rows, lines, target):
         axes.grid(alpha=0.3)
     panels[0, 0].invert_yaxis()
     figure.suptitle("Table 1 of the paper (bars) and our runs (circles; the larger, the more epochs)")
-    pictures = {"table": figure}
-    if lines:
-        pictures["clean"] = shared.curves({ylabel: {label: (*zip(*((e, row[key]) for e, row in points.items() if e and key in row)), "o-")
-                                                    for label, points in lines.items() if any(e and key in row for e, row in points.items())}
-                                           for key, ylabel in (("eval/recon_mse", "test MSE"), ("eval/identity", "identity, %"),
-                                                               ("eval/fid", "LeNet-FID"))},
-                                          "epoch", "What gets clean, and when (MNIST, DW, seed 0)", xscale="log", yscale="log")
-    for name, figure in pictures.items():
-        shared.write(target / f"{name}.png", lambda temporary: figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight"))
+    panels = (second := shared.Figure(figsize=(11, 3.8), layout="constrained")).subplots(1, 3)
+    for axes, (key, ylabel) in zip(panels, (("recon_mse", "test MSE"), ("identity", "identity, %"), ("fid", "LeNet-FID"))):
+        for label, points in lines.items():
+            pairs = [(e, row[f"eval/{key}"]) for e, row in points.items() if e and f"eval/{key}" in row]
+            axes.plot([e for e, _ in pairs], [y for _, y in pairs], "o-", ms=4, label=label)
+        axes.set(xscale="log", yscale="linear" if key == "identity" else "log", xlabel="epoch", ylabel=ylabel), axes.grid(alpha=0.3)
+    second.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
+    second.suptitle("What gets clean, and when (MNIST, DW, seed 0)")
+    for name, picture in (("table", figure), ("clean", second)):
+        shared.write(target / f"{name}.png", lambda temporary: picture.savefig(temporary, format="png", dpi=130, bbox_inches="tight"))
 
 
 def main(config):
