@@ -49,7 +49,7 @@ class Config(shared.Protocol):
     exact_batch: int = option(32, "images per step of that comparison", low=1)
     latent_dim: int = option(50, "dimension of z and of w (paper §6.1)", low=1)
     gamma: float = option(10.0, "weight γ of R1 (paper, algorithm 1)", low=0)
-    eval_every: int = option(1, "epochs between evaluations", low=1)
+    eval_every: int = option(1, "epochs between evaluations of the MSE", low=1)
     resume: str = option("", "checkpoint.pt to go on from")
 
 
@@ -191,6 +191,11 @@ def trajectories(config, x, eps, run):
     return found
 
 
+def mse(nets, x):
+    """Of the reconstructions of x (N, X)."""
+    return shared.recon_mse(x, shared.in_chunks(nn.Sequential(nets["E"], nets["G"]), x))
+
+
 def maps(nets, config):
     """What shared.evaluate and shared.draw look at."""
     F, G, E = nets["F"], nets["G"], nets["E"]
@@ -211,9 +216,9 @@ def sweep(config, device, run):
         for i in shared.batches(len(x), min(config.batch_size, len(x)), torch.Generator(device).manual_seed(config.seed)):
             train_step(*parts.values(), x[i], torch.randn(3, len(i), config.latent_dim, device=device), config.gamma)
             run.stop and run.leave("start it again")
-        mse = shared.recon_mse(data[2], shared.in_chunks(nn.Sequential(parts["nets"]["E"], parts["nets"]["G"]), data[2]))
-        found[way][lr] = mse if math.isfinite(mse) else math.inf
-        print(f"{WAYS[way]}, learning rate {lr:g}: MSE on validation images {mse:.4f} after one epoch", flush=True)
+        error = mse(parts["nets"], data[2])
+        found[way][lr] = error if math.isfinite(error) else math.inf
+        print(f"{WAYS[way]}, learning rate {lr:g}: MSE on validation images {error:.4f} after one epoch", flush=True)
     return found
 
 
@@ -247,7 +252,7 @@ def main(config):
     data = shared.load_vectors(config, device, toys=False)
     x, X = data[0], data[0].shape[1]
     if config.smoke:
-        config.epochs, config.exact_steps, config.lrs = min(config.epochs, 2), min(config.exact_steps, 3), config.lrs[:2]
+        config.epochs, config.exact_steps, config.lrs = min(config.epochs, 2), min(config.exact_steps, 2), config.lrs[:1]
     if config.latent_dim > X:
         shared.fail(f"--latent-dim {config.latent_dim} is larger than the data, {X} pixels")
     if (steps := len(x) // config.batch_size) == 0:
@@ -296,14 +301,16 @@ def main(config):
         first, losses = 0, torch.zeros_like(losses)
         if epoch % config.eval_every == 0 or epoch == config.epochs:
             for way in WAYS:
-                row |= shared.evaluate(config, data, maps(parts[way]["nets"], config), full=False, prefix=way)
+                row[f"{way}/recon_mse"] = mse(parts[way]["nets"], data[2])
         run.log(row)
         save(0)
     moved = updates()
     draw(run, exact, found, moved)
     run.save("model.pt", **{way: {k: net.state_dict() for k, net in parts[way]["nets"].items()} for way in WAYS})
     weight = {way: [v for name, v in moved[way].items() if name.endswith("weight") and name[0] in "GE"] for way in WAYS}
-    run.finish(**{f"{way}/strays_{eps}": max(line) for eps, lines in exact.items() for way, line in lines.items()},
+    final = {way: shared.evaluate(config, data, maps(parts[way]["nets"], config), full=False, prefix=way) for way in WAYS}
+    run.finish(**{key: value for metrics in final.values() for key, value in metrics.items()},
+               **{f"{way}/strays_{eps}": max(line) for eps, lines in exact.items() for way, line in lines.items()},
                **{f"{way}/val_mse_lr_{lr:g}": mse for way, values in found.items() for lr, mse in values.items()},
                **{f"{way}/update_ratio": max(line) / min(line) for way, line in weight.items()},
                **{f"{way}/ms_per_step": 1e3 * total / (run.at["steps"] or 1) for way, total in seconds.items()})
