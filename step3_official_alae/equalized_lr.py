@@ -1,13 +1,14 @@
 """The official optimizer of ALAE, LREQAdam, is PGGAN's equalized learning rate (arXiv 1710.10196 §4.1) and plain Adam.
 
-PGGAN keeps ŵ ~ N(0, 1) and uses w = c ŵ at run time, c = √2/√fan_in (times a layer's lrmul). By the chain rule ŵ has the
-gradient ĝ = c g, where g is that of w, so Adam with β1 = 0 sees v̂ = β2 v̂ + (1 − β2) ĝ² = c² v and moves
+PGGAN keeps ŵ ~ N(0, 1) and uses w = c ŵ at run time, c = √2/√fan_in; in a layer with an lrmul, c has it as a factor and ŵ
+is divided by it, so that w ~ N(0, 2/fan_in) always. By the chain rule ŵ has the gradient ĝ = c g, where g is that of w, so
+Adam with β1 = 0 sees v̂ ← β2 v̂ + (1 − β2) ĝ², which is c² v, and moves, with b = 1 − β2^t,
 
-    Δŵ = −lr √(1 − β2^t) ĝ/(√v̂ + ε) = −lr √(1 − β2^t) g/(√v + ε/c),    so    Δw = c Δŵ = −(c lr) √(1 − β2^t) g/(√v + ε/c).
+    Δŵ = −lr √b ĝ/(√v̂ + ε) = −lr √b g/(√v + ε/c),    so    Δw = c Δŵ = −(c lr) √b g/(√v + ε/c).
 
 That is Adam on w itself with the learning rate c lr; LREQAdam is this rule with ε in place of ε/c. Biases likewise, with
-c = lrmul. torch.optim.Adam with one parameter group for each c is the third way to write it; it divides ε by
-√(1 − β2^t) first. So the three are one trajectory of w, but for ε, which only weights with tiny gradients notice.
+c = lrmul. torch.optim.Adam with one parameter group for each c is the third way to write it (it corrects √v by √b before it
+adds ε, so has ε√b in place of ε). The three are one trajectory of w, but for ε, which only tiny gradients notice.
 At the start w has the standard deviation √2/√fan_in, and g/√v is about 1, hence ‖Δw‖/‖w‖ ≈ lr · lrmul in every layer:
 this is what is equalized. Under plain Adam it is lr √(fan_in/2), so wide layers turn faster than narrow ones.
 
@@ -22,6 +23,7 @@ Result to expect: RESULT
 Deviations: the training is that of train_fc_alae.py, whose docstring lists its own; here the raw weights are evaluated.
 """
 import math
+import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -170,12 +172,12 @@ def weights(nets):
 
 
 def relative(now, before):
-    """‖Δw‖/‖w‖ of each tensor."""
-    return {name: ((now[name] - w).norm() / now[name].norm()).item() for name, w in before.items()}
+    """‖Δw‖/‖w‖ of each tensor that is not 0."""
+    return {name: ((now[name] - w).norm() / w.norm()).item() for name, w in before.items() if w.any()}
 
 
 def trajectories(config, x, eps, run):
-    """{way: the largest ‖w − w'‖/‖w‖ of a tensor after each step, w' being LREQAdam's}, in float64."""
+    """{way: the largest ‖w − w'‖/‖w'‖ of a tensor after each step, w' being LREQAdam's}, in float64, on the CPU."""
     parts = {way: start(way, config, x.shape[1], x.device, config.lr, eps, torch.float64) for way in ("lreq", "runtime", "groups")}
     found = {way: [] for way in parts if way != "lreq"}
     z_of, B = torch.Generator(x.device).manual_seed(config.seed), min(config.exact_batch, len(x))
@@ -186,7 +188,7 @@ def trajectories(config, x, eps, run):
             train_step(*part.values(), x[i].double(), z, config.gamma)
         w = {way: weights(part["nets"]) for way, part in parts.items()}
         for way in found:
-            found[way].append(max(relative(w["lreq"], w[way]).values()))
+            found[way].append(max(relative(w[way], w["lreq"]).values()))
         run.stop and run.leave("start it again")
     return found
 
@@ -257,41 +259,46 @@ def main(config):
         shared.fail(f"--latent-dim {config.latent_dim} is larger than the data, {X} pixels")
     if (steps := len(x) // config.batch_size) == 0:
         shared.fail(f"--batch-size {config.batch_size} is larger than the data, {len(x)} images")
-    run = shared.Run(config, device, 0, checkpoint)
+    size = sum(p.numel() for p in build(config, X, runtime=False).parameters())
+    run = shared.Run(config, device, size, checkpoint)
     if checkpoint:
         exact, found = checkpoint["exact"], checkpoint["found"]
     else:
-        exact = {eps: trajectories(config, x, float(eps), run) for eps in ("1e-30", "1e-8")}
+        exact = {eps: trajectories(config, x.cpu(), float(eps), run) for eps in ("1e-30", "1e-8")}
         for eps, lines in exact.items():
             print(*(f"ε = {eps}: {WAYS[way]} strays from LREQAdam by {max(line):.1e}" for way, line in lines.items()), sep="\n")
         found = sweep(config, device, run)
     best = min(found["plain"], key=found["plain"].get)
     parts = {way: start(way, config, X, device, best if way == "plain" else config.lr) for way in WAYS}
     torch.manual_seed(config.seed)
-    first, losses, seconds = 0, torch.zeros(len(WAYS), len(LOSSES), device=device), dict.fromkeys(WAYS, 0.0)
+    first, losses, moved, seconds = 0, torch.zeros(len(WAYS), len(LOSSES), device=device), {}, {way: [] for way in WAYS}
     if checkpoint:
-        first, losses, seconds = checkpoint["step"], checkpoint["losses"].to(device), checkpoint["seconds"]
-        torch.set_rng_state(checkpoint["random"][0])
+        first, losses, moved, seconds = (checkpoint[key] for key in ("step", "losses", "moved", "seconds"))
+        losses = losses.to(device)
+        for restore, state in zip((torch.set_rng_state, torch.cuda.set_rng_state_all), checkpoint["random"]):
+            restore(state)
         for way in WAYS:
             for name, part in parts[way].items():
                 part.load_state_dict(checkpoint[way][name])
 
     def save(step):
-        run.save("checkpoint.pt", exact=exact, found=found, step=step, losses=losses, seconds=seconds, **{
+        run.save("checkpoint.pt", exact=exact, found=found, step=step, losses=losses, moved=moved, seconds=seconds, **{
             way: {name: part.state_dict() for name, part in parts[way].items()} for way in WAYS})
 
-    def updates():  # of the weights, in the latest iteration
-        return {way: relative(weights(parts[way]["nets"]), before[way]) for way in WAYS}
+    def clock():
+        device.type == "cuda" and torch.cuda.synchronize()
+        return time.perf_counter()
     for epoch in range(run.done + 1, config.epochs + 1):
         order = torch.Generator(device).manual_seed(1_000_003 * config.seed + epoch)
         for step, i in enumerate(shared.batches(len(x), config.batch_size, order, skip=first), first + 1):
             z = torch.randn(3, len(i), config.latent_dim, device=device)
-            if step == steps:
-                before = {way: weights(parts[way]["nets"]) for way in WAYS}
             for way, loss in zip(WAYS, losses):
-                begin = time.perf_counter()
+                before = weights(parts[way]["nets"]) if step == steps else {}
+                begin = clock()
                 loss += train_step(*parts[way].values(), x[i], z, config.gamma)
-                seconds[way] += time.perf_counter() - begin
+                seconds[way].append(clock() - begin)
+                if before:  # how far the last iteration moves each layer
+                    moved[way] = relative(weights(parts[way]["nets"]), before)
             run.tick(len(WAYS) * len(i), losses[0, 0] / step, config.epochs * steps)
             if run.stop:
                 save(step)
@@ -304,7 +311,6 @@ def main(config):
                 row[f"{way}/recon_mse"] = mse(parts[way]["nets"], data[2])
         run.log(row)
         save(0)
-    moved = updates()
     draw(run, exact, found, moved)
     run.save("model.pt", **{way: {k: net.state_dict() for k, net in parts[way]["nets"].items()} for way in WAYS})
     weight = {way: [v for name, v in moved[way].items() if name.endswith("weight") and name[0] in "GE"] for way in WAYS}
@@ -313,7 +319,7 @@ def main(config):
                **{f"{way}/strays_{eps}": max(line) for eps, lines in exact.items() for way, line in lines.items()},
                **{f"{way}/val_mse_lr_{lr:g}": mse for way, values in found.items() for lr, mse in values.items()},
                **{f"{way}/update_ratio": max(line) / min(line) for way, line in weight.items()},
-               **{f"{way}/ms_per_step": 1e3 * total / (run.at["steps"] or 1) for way, total in seconds.items()})
+               **{f"{way}/ms_per_step": 1e3 * statistics.median(times) for way, times in seconds.items()})
 
 
 if __name__ == "__main__":
