@@ -18,6 +18,7 @@ except ImportError:  # a plain line now and then will do
 ROOT = Path(__file__).resolve().parent
 TOYS = ("swiss_roll", "sine_sheet")
 FREE_ON_RESUME = {"resume", "epochs", "device", "data_dir", "wandb", "eval_every", "eval_weights"}  # all else must agree
+FREE_ON_EVAL = {"eval", "resume", "device", "data_dir", "dataset", "split", "out_dir", "run_name", "wandb", "smoke", "matmul"}
 NO_SETTING = FREE_ON_RESUME - {"eval_weights"} | {"seed", "dataset", "split", "out_dir", "run_name", "matmul", "references"}
 
 def fail(message, code=2):
@@ -61,11 +62,11 @@ def parse_config(Config, argv=None):
     if path := given.get("resume") or given.get("eval"):
         saved, file = (load_checkpoint(path, Config)[key] for key in ("config", "file"))
         model, free = file != "checkpoint.pt", FREE_ON_RESUME
-        if not given.get("resume"):  # --eval: of a model only what it was trained with matters
-            free = NO_SETTING | {"eval", "smoke"} | (set() if model else {"eval_weights"})
-            saved = {key: v for key, v in saved.items() if key not in free - {"epochs", "dataset", "split", "seed"}}
-        elif model:
-            fail(f"{path} holds a trained model, not the checkpoint of a run")
+        if given.get("resume"):
+            model and fail(f"{path} holds a trained model, not the checkpoint of a run")
+        else:  # --eval: of a model all that it was trained with stays
+            free = FREE_ON_EVAL | (set() if model else {"eval_weights"})
+            saved = {key: v for key, v in saved.items() if key not in FREE_ON_EVAL - {"dataset", "split"}}
         for key in (key for key in given.keys() - free if given[key] not in (saved[key], "auto")):
             fail(f"{path} was trained with {flags[key]} {saved[key]}, not {given[key]}")
         given = saved | given

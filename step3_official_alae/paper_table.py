@@ -29,6 +29,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,29 +100,34 @@ def done(run):
     return summary if summary.get("status") == "done" else None
 
 
+STOP = threading.Event()
+
+
 def train(job, config, folder):
-    """Trains one job in the folder, or goes on with it; says so, and fails with the last line of its log."""
+    """Trains one job in the folder, or goes on with it, unless it is done. Returns what went wrong, if anything."""
     name, (file, options) = job
-    run = folder / Path(file).stem / name
-    if done(run):
-        return
-    command = [sys.executable, shared.ROOT / file, "--epochs", str(config.epochs), "--device", config.device, "--matmul", config.matmul]
-    command += ["--data-dir", config.data_dir] * bool(config.data_dir) + ["--wandb"] * config.wandb
-    if (checkpoint := run / "checkpoint.pt").exists():
-        command += ["--resume", checkpoint]
-    else:
-        shutil.rmtree(run, ignore_errors=True)  # stopped before its first epoch was over
-        command += [*options.split(), "--out-dir", folder, "--run-name", name] + ["--smoke"] * config.smoke
+    run, command = folder / Path(file).stem / name, [sys.executable, shared.ROOT / file, "--epochs", str(config.epochs)]
+    command += ["--device", config.device, "--matmul", config.matmul] + ["--data-dir", config.data_dir] * bool(config.data_dir)
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.workers))}
     with open(folder / f"{name}.log", "a") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by the training, even if this process dies
-        except OSError:
-            raise RuntimeError(f"{name} is being trained by another process: wait for it, or stop it")
+        while not STOP.is_set():  # the training holds this lock, even if the driver that started it was killed
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                STOP.wait(1)
+        if STOP.is_set() or done(run):
+            return ""
+        if (checkpoint := run / "checkpoint.pt").exists():
+            command += ["--resume", checkpoint]
+        else:
+            shutil.rmtree(run, ignore_errors=True)  # stopped before its first epoch was over
+            command += [*options.split(), "--out-dir", folder, "--run-name", name] + ["--smoke"] * config.smoke
         print(f"{name}: {'goes on' if checkpoint.exists() else 'starts'}, see {log.name}", flush=True)
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=threads | os.environ).returncode
-    if code:
-        raise RuntimeError(f"{name} ended with code {code}: {''.join(Path(log.name).read_text().strip().splitlines()[-1:])}")
+        code = subprocess.run(command + ["--wandb"] * config.wandb, stdout=log, stderr=subprocess.STDOUT,
+                              env=threads | os.environ).returncode
+    last = Path(log.name).read_text().strip().splitlines()[-1:]
+    return f"{name} ended with code {code}: {''.join(last)}" if code else ""
 
 
 def gather(folder, target):
@@ -134,18 +140,19 @@ def gather(folder, target):
             shared.write(target / f"{run.name}.csv", lambda temporary: temporary.write_text(table))
 
 
-def runs_of(*folders):
-    """{(method, epochs): {split: [summary of each seed]}} of the committed runs of METHODS below the folders, and {change:
-    [summary of each seed]} of the ablation's."""
+def runs_of(*folders, smoke=False):
+    """{(method, epochs): {split: {seed: summary}}} of the finished runs of METHODS below the folders, and {(change, epochs):
+    {seed: summary}} of the ablation's."""
     rows, changes = {}, {}
     for path in sorted({path for folder in folders for path in folder.rglob("*.json")}):
         s = json.loads(path.read_text())
-        method = next((key for key, (_, file, _, setting) in METHODS.items() if s.get("status") == "done" and s["dataset"] == "mnist"
-                       and (Path(file).stem, setting) == (s["experiment"], s["setting"])), None)
-        if s["run"].startswith("ablate-"):
-            changes.setdefault(s["run"].removeprefix("ablate-").rsplit("-seed", 1)[0], []).append(s)
-        elif method and s["split"] != "val":
-            rows.setdefault((method, s["epochs"]), {}).setdefault(s["split"], []).append(s)
+        setting = s.get("setting", "").replace("smoke True", "").strip(", ") if smoke else s.get("setting", "")
+        method = next((key for key, (_, file, _, of) in METHODS.items() if s["dataset"] == "mnist"
+                       and (Path(file).stem, of) == (s["experiment"], setting)), None)
+        if s["status"] == "done" and s["run"].startswith("ablate-"):
+            changes.setdefault((s["run"].removeprefix("ablate-").rsplit("-seed", 1)[0], s["epochs"]), {})[s["seed"]] = s
+        elif s["status"] == "done" and method and s["split"] != "val":
+            rows.setdefault((method, s["epochs"]), {}).setdefault(s["split"], {})[s["seed"]] = s
     return rows, changes
 
 
@@ -165,7 +172,7 @@ def table(rows):
     lines = [["", "epochs", "seeds", *(f"{'1-NN' if kind == 'knn' else 'SVM'} {split.upper()}" for kind, split in COLUMNS)]]
 
     def accuracies(splits, section="eval"):
-        return [[[s[key] for s in splits.get(split, []) if (key := f"{section}/{kind}_acc_{length}") in s]
+        return [[[s[key] for s in splits.get(split, {}).values() if (key := f"{section}/{kind}_acc_{length}") in s]
                  for length in ("short", "long")] for kind, split in COLUMNS]
 
     def with_difference(ours, paper):
@@ -180,9 +187,11 @@ def table(rows):
             lines.append([LABELS.get(method, "ours"), str(epochs), ", ".join(seeds),
                           *map(with_difference, accuracies(splits), PAPER[name])])
     for section, name in (("pixels", "raw pixels"), ("untrained", "untrained encoder of ALAE")):
-        if found := next((splits for (method, _), splits in rows.items() if method == "alae"
-                          and any(f"{section}/svm_acc_short" in s for runs in splits.values() for s in runs)), None):
-            lines.append([name, "0", "1", *(cell(a) + (f" / {cell(b)}" if b else "") for a, b in accuracies(found, section))])
+        found = {split: {s["seed"]: s for (method, _), splits in rows.items() if method == "alae"
+                         for s in splits.get(split, {}).values() if f"{section}/svm_acc_short" in s} for split in ("sw", "dw")}
+        if any(found.values()):
+            lines.append([name, "0", ", ".join(str(len(runs)) for runs in found.values() if runs), *(
+                " / ".join(cell(values) for values in cells if values) or "–" for cells in accuracies(found, section))])
     text = markdown(lines) + "\nAccuracy in %, on short / long features (difference to the paper's); mean ± standard deviation over " \
         "several seeds."
     for epochs in sorted({epochs for _, epochs in rows}):
@@ -195,33 +204,35 @@ def table(rows):
         text += f" At {epochs} epochs {len(pairs) - len(wrong)} of the {len(pairs)} pairs that the paper has more than a point " \
                 f"apart are in its order{'; not: ' + ', '.join(wrong) if wrong else ''}." if pairs else ""
     notes = [f"{LABELS.get(method, METHODS[method][0])}: `{s['command']}`, {s['wall_s'] / 60:.0f} minutes on {s['hardware']}, torch "
-             f"{s['torch']}" for (method, _), splits in sorted(rows.items()) for _, (s, *_) in sorted(splits.items())]
+             f"{s['torch']}" for (method, _), splits in sorted(rows.items()) for _, (s, *_) in
+             sorted((split, list(runs.values())) for split, runs in splits.items())]
     return text + "\n\n" + "<br>".join(notes) + "\n"
 
 
 def ablation(changes):
-    """A row for each change to the recipe, on validation images."""
+    """A row for each change to BASE, on validation images."""
     lines = [["change", "epochs", "seeds", *MEASURES.values()]]
-    for name in (name for name in ABLATION if name in changes):
-        runs = changes[name]
-        lines.append([f"`{ABLATION[name]}`" if ABLATION[name] else "none", "/".join(sorted({str(s["epochs"]) for s in runs})), str(len(runs)), *(
+    for name, epochs in sorted((key for key in changes if key[0] in ABLATION), key=lambda key: (key[1], list(ABLATION).index(key[0]))):
+        runs = changes[name, epochs].values()
+        lines.append([f"`{ABLATION[name]}`" if ABLATION[name] else "none", str(epochs), str(len(runs)), *(
             f"{statistics.fmean(s[f'eval/{key}'] for s in runs):.{4 if key == 'recon_mse' else 2}f}" for key in MEASURES)])
-    return markdown(lines)
+    return markdown(lines) + f"\nChanges to `{BASE}`; all else is official. Validation images.\n"
 
 
 def along(target, rows):
-    """{label: {epoch: metrics}} on DW, seed 0, of each method that draws: along the longest run kept in the target, and at the
-    ends of all."""
+    """{label: {epoch: metrics}} on DW, of the first seed of each method that draws: along the longest run that has its csv in
+    the target, and at the ends of all."""
     found = {}
     for (method, epochs), splits in sorted(rows.items()):
         if method not in ("l1", "lr", "jlr") and "dw" in splits:
-            points = found.setdefault(LABELS.get(method, METHODS[method][0]), {})
-            summary = min(splits["dw"], key=lambda s: s["seed"])
+            points, ends = found.setdefault(LABELS.get(method, METHODS[method][0]), ({}, {}))
+            summary = splits["dw"][min(splits["dw"])]
+            ends[epochs] = {key: value for key, value in summary.items() if key.startswith("eval/")}
             if (path := target / f"{summary['run']}.csv").exists():
+                points.clear()
                 with open(path) as file:
-                    points |= {int(row["epoch"]): {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)} | points
-            points[epochs] = {key: value for key, value in summary.items() if key.startswith("eval/")}
-    return {label: dict(sorted(points.items())) for label, points in found.items()}
+                    points |= {int(row["epoch"]): {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)}
+    return {label: dict(sorted((points | ends).items())) for label, (points, ends) in found.items()}
 
 
 def clean(lines):
@@ -241,7 +252,7 @@ def draw(rows, lines, target):
         kind, split = COLUMNS[c]
         axes.plot([PAPER[name][c][i] for name, *_ in METHODS.values()], range(len(METHODS)), "k|", ms=14, label="paper")
         for (method, epochs), splits in sorted(rows.items()):
-            values = [s[f"eval/{kind}_acc_{length}"] for s in splits.get(split, [])]
+            values = [s[f"eval/{kind}_acc_{length}"] for s in splits.get(split, {}).values()]
             axes.plot(values, [list(METHODS).index(method)] * len(values), "o", mfc="none", color="C0",
                       ms=3 + 5 * epochs / max(e for _, e in rows))
         axes.set_yticks(range(len(METHODS)), [LABELS.get(method, name) for method, (name, *_) in METHODS.items()])
@@ -256,7 +267,7 @@ def draw(rows, lines, target):
             axes.plot([e for e, _ in pairs], [y for _, y in pairs], "o-", ms=4, label=label)
         axes.set(xscale="log", yscale="linear" if key == "identity" else "log", xlabel="epoch", ylabel=ylabel), axes.grid(alpha=0.3)
     second.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
-    second.suptitle("What gets clean, and when (MNIST, DW, seed 0)")
+    second.suptitle("What gets clean, and when (MNIST, DW, first seed)")
     for name, picture in (("table", figure), ("clean", second)):
         shared.write(target / f"{name}.png", lambda temporary: picture.savefig(temporary, format="png", dpi=130, bbox_inches="tight"))
 
@@ -266,11 +277,13 @@ def main(config):
                                  ("dataset", "mnist", "nothing: the paper's table is of MNIST")):
         if getattr(config, name) != usual:
             shared.fail(f"--{name.replace('_', '-')} {getattr(config, name)}: use {instead}")
-    shared.setup(config)
-    folder = Path(config.out_dir, "paper_table")
+    if config.ablate and (config.methods, config.splits) != (tuple(METHODS), ("dw", "sw")):
+        shared.fail("--ablate has methods and a split of its own: leave --methods, --splits and --quick out")
+    folder = Path(config.out_dir, "paper_table_smoke" if config.smoke else "paper_table")
     target = folder / "results" if config.smoke else shared.ROOT / "results" / "paper_table"
     if config.smoke:
-        config.epochs, config.splits, config.methods = 1, config.splits[:1], tuple(m for m in config.methods if m in ("l2", "alae")) or config.methods[:1]
+        config.epochs, config.splits, config.methods = 1, config.splits[:1], tuple(
+            m for m in config.methods if m in ("l2", "alae")) or config.methods[:1]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -278,21 +291,20 @@ def main(config):
     with ThreadPoolExecutor(config.workers) as pool:
         found = pool.map(lambda job: train(job, config, folder), (todo := jobs(config)).items())
         try:
-            list(shared.tqdm(found, "runs", len(todo)) if shared.tqdm else found)
-        except RuntimeError as error:
-            pool.shutdown(cancel_futures=True)
-            shared.fail(error, 1)
+            failures = [text for text in (shared.tqdm(found, "runs", len(todo)) if shared.tqdm else found) if text]
         except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            shared.fail("interrupted; the same command goes on", 130)
+            STOP.set()  # the trainings were interrupted too, and are saving
+    if STOP.is_set():
+        shared.fail("interrupted; the same command goes on", 130)
     gather(folder, target)
-    rows, changes = runs_of(target if config.smoke else shared.ROOT / "results")
+    rows, changes = runs_of(target if config.smoke else shared.ROOT / "results", smoke=config.smoke)
     lines = along(target, rows)
     texts = {"table": table(rows), "clean": clean(lines), "ablation": ablation(changes)}
     for name, text in texts.items():
         shared.write(target / f"{name}.md", lambda temporary: temporary.write_text(text))
     draw(rows, lines, target)
     print(texts["ablation" if config.ablate else "table"] + f"\nWritten to {target}")
+    failures and shared.fail("; ".join(failures), 1)
 
 
 if __name__ == "__main__":

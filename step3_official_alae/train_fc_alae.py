@@ -278,7 +278,7 @@ def draw(run, data, seen, nets, config):
     device, n = data[0].device, min(8, config.latent_dim)
     z = torch.randn(16, 1, config.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
     t, w = torch.linspace(0, 1, 11, device=device)[:, None], seen["prior"](10_000)
-    values, axes = torch.linalg.eigh((w - w.mean(0)).T @ (w - w.mean(0)) / len(w))  # ascending
+    values, axes = (t.to(device) for t in torch.linalg.eigh(torch.cov(w.T).reshape(w.shape[1], -1).cpu()))  # ascending
     steps = (5 * t - 2.5) * values.flip(0)[:n, None, None].clamp(min=0).sqrt() * axes.T.flip(0)[:n, None]  # (n, 11, W)
     for name, codes, what, rows in (
             ("interpolations_z", nets["F"](((1 - t) * z[:8] + t * z[8:]).flatten(0, 1)), "G∘F on the way between two z", ()),
@@ -310,6 +310,7 @@ def show(config, device, data):
     run, seen = shared.Run(config, device, sum(p.numel() for p in nets.parameters())), maps(nets, config, device)
     run.at |= {key: past[key] for key in ("images", "done", "rows")}
     draw(run, data, seen, nets, config)
+    run.at["rows"] = []  # the training's: what follows is of the data at hand
     run.finish(**shared.evaluate(config, data, seen, full=True))
 
 
@@ -327,6 +328,8 @@ def main(config):
     if (steps := len(x_train) // config.batch_size) == 0:
         shared.fail(f"--batch-size {config.batch_size} is larger than the data, {len(x_train)} images")
 
+    if checkpoint and config.decay and config.epochs != checkpoint["config"]["epochs"]:
+        shared.fail(f"--epochs {config.epochs}: the learning rate falls towards epoch {checkpoint['config']['epochs']} (--decay)")
     if config.benchmark:
         return benchmark(config, x_train)
     parts = start(config, X, device)

@@ -56,7 +56,7 @@ def test_lreq_adam_is_the_one_of_train_fc_alae():
     torch.manual_seed(0)
     a, b = lr.Linear(6, 3, 0.1), alae.Linear(6, 3, 0.1)
     b.double().load_state_dict(a.state_dict())
-    assert [p.c for p in a.parameters()] == [q.lr_equalization_coef for q in b.parameters()]
+    assert [p.c for p in a.parameters()] == pytest.approx([q.lr_equalization_coef for q in b.parameters()])
     mine, theirs = lr.LREQAdam(a.parameters(), 0.01, eps=1e-3), alae.LREQAdam(b.parameters(), 0.01, eps=1e-3)
     for _ in range(5):
         for p, q in zip(a.parameters(), b.parameters()):
