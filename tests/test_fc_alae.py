@@ -222,6 +222,7 @@ def test_eval_gives_a_runs_final_metrics_and_pictures(file, straight, tmp_path, 
     assert b["epochs"] == 2 and b["images_seen"] == a["images_seen"] and "eval" in b["setting"]
     for key in (key for key in a if key.startswith("eval/")):
         assert b[key] == pytest.approx(a[key], rel=0.02) if "half" in file else b[key] == a[key], key
+    assert not any(key.startswith("train/") for key in b)  # of this evaluation alone
     pictures = {path.name for path in straight.glob("*.png")}
     assert {path.name for path in (tmp_path / "train_fc_alae" / "e").glob("*.png")} == pictures
     assert {"samples.png", "reconstructions.png", "interpolations.png", "interpolations_z.png", "traversals.png"} <= pictures
@@ -268,3 +269,10 @@ def test_the_recipe_is_a_set_of_defaults():
     config = shared.parse_config(alae.Config, ["--recipe", "fast", "--lr", "0.5"])
     assert (config.lr, config.batch_size, config.decay) == (0.5, 64, alae.Config.recipes["recipe", "fast"]["decay"])
     assert shared.parse_config(alae.Config, []) == alae.Config()
+
+
+def test_a_decay_fixes_the_length(tmp_path, monkeypatch, capsys):
+    train(monkeypatch, "--smoke", "--epochs", "1", "--decay", "0.5", "--out-dir", str(tmp_path), "--run-name", "d")
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, "--resume", str(tmp_path / "train_fc_alae/d/checkpoint.pt"), "--epochs", "2")
+    assert stop.value.code == 2 and "falls towards epoch 1" in capsys.readouterr().err

@@ -43,7 +43,7 @@ def test_the_ablation_has_a_row_for_each_change(tmp_path):
         run = f"ablate-{name}-seed0-e2"
         (tmp_path / f"{run}.json").write_text(json.dumps(summary("alae", "val", 0, 50.0, 2, run)))
     rows, changes = paper_table.runs_of(tmp_path)
-    assert not rows and changes.keys() == {"chosen", "slope-0.01"}
+    assert not rows and changes.keys() == {("chosen", 2), ("slope-0.01", 2)}
     assert "| `--slope 0.01` | 2 | 1 | 0.0100 | 90.00 | 10.00 | 50.00 |" in paper_table.ablation(changes)
 
 
