@@ -237,7 +237,7 @@ def along(target, rows):
 
 def clean(lines):
     """MSE / identity / LeNet-FID after so many epochs."""
-    form = {"eval/recon_mse": ".4f", "eval/identity": ".1f", "eval/fid": ".0f"}
+    form = {"eval/recon_mse": ".4f", "eval/identity": ".1f", "eval/fid": ".1f"}
     epochs = sorted({e for points in lines.values() for e, row in points.items() if e and "eval/fid" in row}
                     & {1, 2, 3, 5, 10, 20, 25, 40, 50, 60, 80, 100, 200, 400, 600})
     return markdown([["MSE / identity % / LeNet-FID after epochs", *map(str, epochs)], *(
