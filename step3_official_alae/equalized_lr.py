@@ -42,10 +42,10 @@ WAYS = {"lreq": "LREQAdam", "runtime": "run-time scaling, Adam", "groups": "Adam
 
 @dataclass
 class Config(shared.Protocol):
-    epochs: int = option(3, "passes over the training images, in each of the four ways", low=1)
+    epochs: int = option(2, "passes over the training images, in each of the four ways", low=1)
     batch_size: int = option(128, "images per step (mnist_fc.yaml)", low=1)
     lr: float = option(0.002, "learning rate of the three equalized ways (mnist_fc.yaml)", low=1e-9)
-    lrs: tuple = option((5e-5, 1e-4, 2e-4, 5e-4, 1e-3), "learning rates that plain Adam may choose from on val; LREQAdam is "
+    lrs: tuple = option((1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3), "learning rates that plain Adam may choose from on val; LREQAdam is "
                         "tried with 20 times as much, the same step in a 1024-wide layer", low=1e-9)
     exact_steps: int = option(200, "steps of the comparison in float64", low=1)
     exact_batch: int = option(32, "images per step of that comparison", low=1)

@@ -18,7 +18,7 @@ EVALUATION = {f"eval/{key}" for key in (
 OF_ITS_OWN = {FC_ALAE: EVALUATION} | {
     f"step2_gan/{name}_mnist.py": EVALUATION for name in ("alae", "autoencoder", "bigan", "latent_regressor")} | {
     "step3_official_alae/equalized_lr.py": {f"{way}/{key}" for way in ("lreq", "runtime", "groups", "plain") for key in (
-        "recon_mse", "L_err_EG", "update_ratio", "ms_per_step")} | {"groups/strays_1e-30", "plain/val_mse_lr_5e-05"},
+        "recon_mse", "L_err_EG", "update_ratio", "ms_per_step")} | {"groups/strays_1e-30", "plain/val_mse_lr_0.0001"},
     "step2_gan/gan_mnist.py": {"eval/fid", "eval/digit_kl", "eval/digit_min", "train/grad_norm_G"} | {
         f"eval/digit_{i}" for i in range(10)}, "step1_linear/compare_autoencoders.py": {
     f"mnist, k = 10: {method}/{key}" for method in ("PCA", "linear AE (l1)", "linear ALAE", "linear JLR", "random projection")
