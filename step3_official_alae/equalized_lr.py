@@ -16,9 +16,11 @@ The same fully connected ALAE (arXiv 2004.04467, algorithm 1) is trained four wa
 and z: LREQAdam as its authors wrote it, run-time scaling, parameter groups, and plain Adam with one learning rate, chosen on
 validation images (`--split val`, whatever the split of the rest).
 
-    python step3_official_alae/equalized_lr.py                  # EXPECT
+    python step3_official_alae/equalized_lr.py                  # 11 minutes on one core
 
-Result to expect: RESULT
+Result to expect (seed 0, AMD EPYC, one core, results/equalized_lr): over 200 steps in float64 the three stay together to
+9·10⁻¹⁴ with ε = 10⁻³⁰ and part by up to 0.37 with 10⁻⁸. ‖update‖/‖w‖ of the layers of G and E is the same within a factor
+1.25 under each of them, 15 under plain Adam. Best MSE on validation images after an epoch: LREQAdam 0.068, plain 0.081.
 
 Deviations: the training is that of train_fc_alae.py, whose docstring lists its own; here the raw weights are evaluated.
 """
@@ -227,8 +229,9 @@ def sweep(config, device, run):
 def draw(run, exact, found, updates):
     """The pictures: three trajectories that are one, what each way learns, and the layers' relative updates."""
     run.picture("trajectories", shared.curves({
-        f"largest ‖Δw‖/‖w‖ to LREQAdam, ε = {eps}": {WAYS[way]: (range(1, len(line) + 1), line) for way, line in lines.items()}
-        for eps, lines in exact.items()}, "step, float64", "Three ways to write one trajectory", yscale="log"))
+        f"‖Δw‖/‖w‖, ε = {eps}": {WAYS[way]: (range(1, len(line) + 1), line) for way, line in lines.items()}
+        for eps, lines in exact.items()}, "step, float64", "Three ways to write one trajectory: largest distance of a "
+        "tensor to LREQAdam's", yscale="log"))
     run.picture("curves", shared.curves({label: {WAYS[way]: (*zip(*((row["epoch"], row[f"{way}/{key}"]) for row in run.rows
                                                                      if f"{way}/{key}" in row)), style)
                                                  for way, style in zip(WAYS, ("-", "--", ":", "-"))}
