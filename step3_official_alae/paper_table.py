@@ -6,7 +6,7 @@ figures are the paper's (§6.1, table 1, means over five trials). Nothing is tra
 subprocesses, with their defaults at the same number of epochs. Each run is kept in OUT_DIR/paper_table; what is finished
 there is skipped and what was stopped is gone on with, so this may be killed at any moment and started again.
 
-    python step3_official_alae/paper_table.py                                      # one seed: HOURS
+    python step3_official_alae/paper_table.py                                      # one seed: about 2.5 hours
     python step3_official_alae/paper_table.py --quick                              # 3 epochs, DW: under 15 minutes
     python step3_official_alae/paper_table.py --seeds 0 1 2 3 4 --epochs 400       # the paper's length
     python step3_official_alae/paper_table.py --methods alae_fast --epochs 60      # a row more
