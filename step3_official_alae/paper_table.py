@@ -136,8 +136,8 @@ def gather(folder, target):
     for run in sorted(path.parent for path in folder.glob("*/*/summary.json")):
         if summary := done(run):
             shared.write(target / f"{run.name}.json", summary)
-            table = (run / "metrics.csv").read_text()
-            shared.write(target / f"{run.name}.csv", lambda temporary: temporary.write_text(table))
+            if (table := run / "metrics.csv").exists():  # not of --eval
+                shared.write(target / f"{run.name}.csv", lambda temporary: temporary.write_bytes(table.read_bytes()))
 
 
 def runs_of(*folders, smoke=False):
