@@ -7,7 +7,7 @@ subprocesses, with their defaults at the same number of epochs. Each run is kept
 there is skipped and what was stopped is gone on with, so this may be killed at any moment and started again.
 
     python step3_official_alae/paper_table.py                                      # one seed: about 2.5 hours
-    python step3_official_alae/paper_table.py --quick                              # 3 epochs, DW: under 15 minutes
+    python step3_official_alae/paper_table.py --quick                              # 3 epochs, DW: QUICK minutes
     python step3_official_alae/paper_table.py --seeds 0 1 2 3 4 --epochs 400       # the paper's length
     python step3_official_alae/paper_table.py --methods alae_fast --epochs 60      # a row more
     python step3_official_alae/paper_table.py --ablate --epochs 10                 # the choices that the paper leaves open, on val
@@ -232,7 +232,10 @@ def along(target, rows):
                 points.clear()
                 with open(path) as file:
                     points |= {int(row["epoch"]): {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)}
-    return {label: dict(sorted((points | ends).items())) for label, (points, ends) in found.items()}
+    for points, ends in found.values():  # of shorter runs only where the longest did not look itself: theirs may decay sooner
+        old = not any("eval/fid" in row for row in points.values())
+        points |= {epoch: row for epoch, row in ends.items() if old or epoch >= max(points)}
+    return {label: dict(sorted(points.items())) for label, (points, _) in found.items()}
 
 
 def clean(lines):
