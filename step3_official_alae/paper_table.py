@@ -7,7 +7,7 @@ subprocesses, with their defaults at the same number of epochs. Each run is kept
 there is skipped and what was stopped is gone on with, so this may be killed at any moment and started again.
 
     python step3_official_alae/paper_table.py                                      # one seed: about 2.5 hours
-    python step3_official_alae/paper_table.py --quick                              # 3 epochs, DW: QUICK minutes
+    python step3_official_alae/paper_table.py --quick                              # 3 epochs, DW: 9.4 minutes on two cores
     python step3_official_alae/paper_table.py --seeds 0 1 2 3 4 --epochs 400       # the paper's length
     python step3_official_alae/paper_table.py --methods alae_fast --epochs 60      # a row more
     python step3_official_alae/paper_table.py --ablate --epochs 10                 # the choices that the paper leaves open, on val
