@@ -253,7 +253,7 @@ def draw(rows, lines, target):
     panels = (figure := shared.Figure(figsize=(11, 5.4), layout="constrained")).subplots(2, 4, sharey=True)
     for axes, (i, length, c) in zip(panels.flat, ((i, length, c) for i, length in enumerate(("short", "long")) for c in range(4))):
         kind, split = COLUMNS[c]
-        axes.plot([PAPER[name][c][i] for name, *_ in METHODS.values()], range(len(METHODS)), "k|", ms=14, label="paper")
+        axes.plot([PAPER[name][c][i] for name, *_ in METHODS.values()], range(len(METHODS)), "k|", ms=14)
         for (method, epochs), splits in sorted(rows.items()):
             values = [s[f"eval/{kind}_acc_{length}"] for s in splits.get(split, {}).values()]
             axes.plot(values, [list(METHODS).index(method)] * len(values), "o", mfc="none", color="C0",
