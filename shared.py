@@ -43,7 +43,12 @@ class Protocol:
     wandb: bool = option(False, "mirror the run to Weights & Biases (WANDB_MODE=offline works too)")
     smoke: bool = option(False, "a tiny subset and a few steps through the whole path, in seconds")
     matmul: str = option("auto", "fp32 products; auto: medium if as exact, else highest", ("auto", "highest", "medium"))
-    recipes = {}  # no field: {(field, value): {other field: its default then}}
+    recipes = {}  # no field: {(field, value): {other field: its default then}}; a value's end, from a colon on, is ignored
+
+    @classmethod
+    def defaults(cls, chosen):
+        return {k: v for (key, value), fields in cls.recipes.items() if str(chosen.get(key)).split(":")[0] == value
+                for k, v in fields.items()}
 
 def parse_config(Config, argv=None):
     """Command line → Config; the defaults are --resume's, else those of Config.recipes. Bad input: one line, exit 2."""
@@ -70,7 +75,7 @@ def parse_config(Config, argv=None):
         for key in (key for key in given.keys() - free if given[key] not in (saved[key], "auto")):
             fail(f"{path} was trained with {flags[key]} {saved[key]}, not {given[key]}")
         given = saved | given
-    given = {k: v for pair in given.items() for k, v in Config.recipes.get(pair, {}).items()} | given
+    given = Config.defaults(given) | given
     for f, low, high in ((f, f.metadata["low"], f.metadata["high"]) for f in fields(Config)):
         for value in np.atleast_1d(given.get(f.name, f.default)) if low is not None else ():
             low <= value <= high or fail(f"{flags[f.name]} {value}: must be at least {low}" + f", at most {high}" * (high < 1e300))
@@ -219,8 +224,7 @@ class Run:
         git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude='*'", shell=True, cwd=ROOT, text=True,
                              capture_output=True).stdout
         cpu = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
-        usual = {f.name: f.default for f in fields(config)}
-        usual |= {k: v for pair in asdict(config).items() for k, v in config.recipes.get(pair, {}).items()}
+        usual = {f.name: f.default for f in fields(config)} | config.defaults(asdict(config))
         setting = ", ".join(f"{k} {v}" for k, v in asdict(config).items() if v != usual[k] and k not in NO_SETTING)
         self.facts = {"experiment": file.stem, "run": config.run_name, "dataset": config.dataset, "split": config.split,
                       "setting": setting, "seed": config.seed, "command": " && ".join(self.at["commands"]),
@@ -363,9 +367,10 @@ def accuracies(kind, *features, prefix="eval"):
     return {f"{prefix}/{name}_acc_{kind}": method(*features) for name, method in methods.items()}
 
 def evaluate(config, data, maps, full, prefix="eval"):
-    """The contract's metrics, or those of pictures and 1-NN on short features. data: x (N, X) in [0, 1], y, x_test, y_test, an image's shape; maps: encode
+    """The contract's metrics, or those of pictures and 1-NN on short features. data: x (N, X) in [0, 1],
+    y, x_test, y_test, an image's shape (what x has in further columns is for encode and short alone); maps: encode
     (x → code), decode (code → x), prior (n → n codes), short and long (x → features)."""
-    (x, y, u, v, shape), images = data, data[2].unflatten(1, data[4])
+    (x, y, u, v, shape), images = data, data[2][:, :data[4].numel()].unflatten(1, data[4])
     x_hat = in_chunks(lambda part: maps["decode"](maps["encode"](part)), u).unflatten(1, shape)
     row = {f"{prefix}/recon_mse": recon_mse(images, x_hat)}
     for kind in ("short", "long")[:1 + full] if v is not None else ():
@@ -378,9 +383,9 @@ def evaluate(config, data, maps, full, prefix="eval"):
 
 def untrained(config, data, maps):
     """The row before training: the same; with --references all of the untrained encoder's and of raw pixels."""
-    row = evaluate(config, data, maps, full=False)
-    return row | (evaluate(config, data, maps, full=True, prefix="untrained") | accuracies("short", *data[:4], prefix="pixels")
-                  if config.references and data[1] is not None else {})
+    row, (x, y, u, v, shape) = evaluate(config, data, maps, full=False), data
+    return row | (evaluate(config, data, maps, full=True, prefix="untrained") | accuracies(
+        "short", x[:, :shape.numel()], y, u[:, :shape.numel()], v, prefix="pixels") if config.references and y is not None else {})
 
 def benchmark(step, images, config):
     """Print the median time of step(), a training step on so many images."""
@@ -436,7 +441,7 @@ def draw(run, data, maps, panels, title):
     picture("samples", maps["decode"](maps["prior"](100)), 10, "samples")
     if "encode" in maps:
         x = u[:min(50, len(u)) // n * n]
-        pairs = torch.stack([x, maps["decode"](maps["encode"](x))]).unflatten(1, (-1, n)).transpose(0, 1)
+        pairs = torch.stack([x[:, :shape.numel()], maps["decode"](maps["encode"](x))]).unflatten(1, (-1, n)).transpose(0, 1)
         picture("reconstructions", pairs, n, "test images x and reconstructions G(E(x))", ["x", "G(E(x))"] * len(pairs))
     t = torch.linspace(0, 1, 10, device=u.device)[:, None]
     between = maps["decode"](((1 - t) * codes[:8, None] + t * codes.flip(0)[:8, None]).flatten(0, 1))

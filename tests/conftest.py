@@ -8,7 +8,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("step1_linear", "step2_gan", "step3_official_alae", "results"))]
+sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("step1_linear", "step2_gan", "step3_official_alae", "baselines", "results"))]
 # Nobody is logged in to W&B, and nothing can be downloaded: a proxy that refuses.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | {
     "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "NETRC": "/dev/null",
