@@ -70,6 +70,7 @@ class Config(shared.Protocol):
     hidden_D: int = option(500, "units of D's two layers (004; 002: 1000)", low=1)
     slope: float = option(0.2, "slope of the leaky ReLU (004; 002: 0)", low=0, high=1)
     batch_norm: bool = option(True, "in Q and P (004)")
+    bn_momentum: float = option(0.1, "weight of a batch in its running statistics (004)", low=0, high=1)
     dropout: float = option(0.0, "in dense Q and P (002: 0.25)", low=0, high=0.9)
     dropout_D: float = option(0.0, "in D (002: 0.2)", low=0, high=0.9)
     q_eval: bool = option(False, "Q in evaluation mode while D learns (002)")
@@ -82,7 +83,7 @@ class Config(shared.Protocol):
     recipes = {("recipe", "seed002"): {
         "batch_size": 100, "prior": "gaussian", "latent_dim": 2, "loss": "bce", "lr": 6e-4, "lr_D": 8e-4, "lr_Q": 8e-4, "beta1": 0.9,
         "hidden_D": 1000, "slope": 0.0, "batch_norm": False, "dropout": 0.25, "dropout_D": 0.2, "q_eval": True,
-        "balance": False, "patience": 0}, ("recipe", "ours"): {"lr_D": 1e-3, "lr_Q": 1e-4}, ("prior", "gmm10"): {"latent_dim": 2}, ("prior", "swiss_roll"): {"latent_dim": 2},
+        "balance": False, "patience": 0}, ("recipe", "ours"): {"lr_D": 1e-3, "lr_Q": 1e-4, "bn_momentum": 0.01}, ("prior", "gmm10"): {"latent_dim": 2}, ("prior", "swiss_roll"): {"latent_dim": 2},
         ("dataset", "celeba"): FACES, ("dataset", "folder"): FACES}
 
 
@@ -93,7 +94,7 @@ def build(config, shape, K):
     Z, (C, size, _), leaky = config.latent_dim, shape, nn.LeakyReLU(config.slope)
 
     def block(inner, n, norm=nn.BatchNorm1d, before=False):  # dense: layer → norm → ReLU; convolutions: norm → ReLU → layer
-        around = [norm(n)] * config.batch_norm + [leaky] + [nn.Dropout(config.dropout)] * (norm is nn.BatchNorm1d)
+        around = [norm(n, momentum=config.bn_momentum)] * config.batch_norm + [leaky] + [nn.Dropout(config.dropout)] * (norm is nn.BatchNorm1d)
         return around + [inner] if before else [inner] + around
 
     def conv(layer, n, *args, **kwargs):
