@@ -12,7 +12,7 @@ Without labels (--cluster N) phase 3 is left out and y has N entries. A cluster'
 which is surest to belong to it, and the error counts every test image whose cluster has another class than its own.
 
     python baselines/aae_semi_supervised.py                     # 1000 labels
-    python baselines/aae_semi_supervised.py --labels 100
+    python baselines/aae_semi_supervised.py --labels 100 --epochs 25
     python baselines/aae_semi_supervised.py --labels 0          # all of them
     python baselines/aae_semi_supervised.py --cluster 30        # none
 
@@ -41,7 +41,7 @@ from shared import option
 
 @dataclass
 class Config(shared.Protocol):
-    epochs: int = option(20, "passes over the training images (paper: thousands)", low=1)
+    epochs: int = option(15, "passes over the training images (paper: thousands)", low=1)
     batch_size: int = option(100, "images per step, and labelled ones", low=2)
     labels: int = option(1000, "labelled images, as many of each class (paper: 100, 1000, all); 0: all", low=0)
     cluster: int = option(0, "number of clusters, without labels (paper: 16, 30); 0: no clustering", low=0)
