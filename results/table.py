@@ -25,10 +25,12 @@ NAMES = {"recon_mse": "test MSE", "identity": "identity %", "fid": "LeNet-FID", 
          "seconds": "seconds"}
 NAMES |= {f"{a}_acc_{b}": f"{label} {b}" for a, label in (("knn", "1-NN"), ("svm", "SVM"), ("mlp", "MLP"))
           for b in ("short", "long")}
+NAMES |= {"error": "test error %", "prior_gap": "prior gap", "prior_gap_floor": "its floor"}
 NAMES |= {"digit_kl": "KL of digits", "digit_min": "rarest digit %", "grad_norm_G": "‖gradient of G‖"}
 TOGETHER = {"linear autoencoders": ("linear_alae", "linear_latent_regressor"),  # one table for several experiments
             "nonlinear autoencoders: E 784-1024-1024-50, G 50-1024-1024-784": (
                 "autoencoder_mnist", "latent_regressor_mnist", "bigan_mnist", "alae_mnist", "train_fc_alae")}
+BASELINES = {"vae_gan": "VAE-GAN", "aae": "AAE", "aae_semi_supervised": "semi-supervised AAE", "train_fc_alae": "ALAE"}
 
 
 def summaries(folder):
@@ -77,7 +79,7 @@ def kind_of(s):
 
 def cell(metric, values):
     """mean ± std, with as many digits as make sense."""
-    if metric.endswith(("_short", "_long", "identity", "fid", "seconds", "digit_min")):
+    if metric.endswith(("_short", "_long", "identity", "fid", "seconds", "digit_min", "error")):
         digits = "{:.2f}"
     elif metric == "steps":
         digits = "{:.0f}"
@@ -126,6 +128,22 @@ def tables(found):
     return "\n".join(text).rstrip() + "\n"
 
 
+def baselines(found):
+    """The baselines' rows of the README, on MNIST's test images, beside the best ALAE: the metrics that they share."""
+    found = [s for s in found if s["dataset"] == "mnist" and s["split"] == "dw" and s["experiment"] in BASELINES
+             and (s["experiment"] != "train_fc_alae" or (s["setting"], s["epochs"]) == ("recipe fast", 50))]
+    columns = ["recon_mse", "identity", "fid", "knn_acc_short", "svm_acc_short", "error", "prior_gap", "prior_gap_floor"]
+    groups = {}
+    for s in sorted(found, key=lambda s: ([*BASELINES].index(s["experiment"]), s["setting"], s["epochs"], s["seed"])):
+        groups.setdefault((BASELINES[s["experiment"]], s["setting"], s["epochs"]), []).append(s)
+    lines = [["", "epochs", "minutes", "seeds", *(NAMES[c] for c in columns)], ["---"] * (4 + len(columns))]
+    for (name, setting, epochs), runs in groups.items():
+        cells = [cell(c, values) if (values := [s[f"eval/{c}"] for s in runs if f"eval/{c}" in s]) else "" for c in columns]
+        minutes = statistics.fmean(s["wall_s"] for s in runs) / 60
+        lines.append([name + f", {setting}" * bool(setting), str(epochs), f"{minutes:.0f}", str(len(runs)), *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def every_run():
     """results/README.md: a table of all committed runs."""
     return ("# All committed runs\n\nWritten by `python results/table.py --readme` from the summaries here. `val`: validation "
@@ -133,9 +151,9 @@ def every_run():
 
 
 def readme(text):
-    """The README with the tables that step3_official_alae/paper_table.py wrote between its markers."""
-    for name in ("table", "clean"):
-        content = (ROOT / f"results/paper_table/{name}.md").read_text()
+    """The README with the tables that step3_official_alae/paper_table.py wrote, and the baselines', between its markers."""
+    contents = {name: (ROOT / f"results/paper_table/{name}.md").read_text() for name in ("table", "clean")}
+    for name, content in (contents | {"baselines": baselines(summaries(ROOT / "results"))}).items():
         text = re.sub(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + content + m[2], text, flags=re.S)
     return text
 

@@ -47,3 +47,18 @@ def assert_same(a, b):
             assert_same(a[i], b[i])
     else:
         assert a.equal(b) if isinstance(a, torch.Tensor) else a == b
+
+
+def watch(nets, **optimizers):
+    """Makes each optimizer note which of the networks its step moves; returns the list of notes."""
+    seen = []
+
+    def values():
+        return {name: torch.cat([p.detach().flatten().clone() for p in net.parameters()]) for name, net in nets.items()}
+    for name, optimizer in optimizers.items():
+        def step(real=optimizer.step, name=name):
+            before = values()
+            real()
+            seen.append((name, {n for n, v in values().items() if not v.equal(before[n])}))
+        optimizer.step = step
+    return seen

@@ -14,6 +14,7 @@ PCA, LINEAR, LR, COMPARE = (f"step1_linear/{name}.py" for name in (
     "pca_gd", "linear_alae", "linear_latent_regressor", "compare_autoencoders"))
 GAN, BIGAN, LR_MNIST, AE, ALAE = (f"step2_gan/{name}_mnist.py" for name in (
     "gan", "bigan", "latent_regressor", "autoencoder", "alae"))
+AAE, SEMI, VAE_GAN = (f"baselines/{name}.py" for name in ("aae", "aae_semi_supervised", "vae_gan"))
 EQUALIZED, TABLE = "step3_official_alae/equalized_lr.py", "step3_official_alae/paper_table.py"
 CASES = [
     (FC_ALAE, ["--nonsense"], "--nonsense"),
@@ -111,6 +112,30 @@ CASES = [
     (GAN, ["--loss", "wgan_gp", "--batch-size", "12001"], "60005 images of 60000"),
     (GAN, ["--compare", "--dataset", "folder:{tmp}/grey"], "needs --dataset mnist"),
     (GAN, ["--resume", "{tmp}/other.pt"], "checkpoint of pca_gd"),
+    (AAE, ["--recipe", "seed001"], "--recipe"),
+    (AAE, ["--prior", "uniform"], "--prior"),
+    (AAE, ["--prior", "gmm10", "--latent-dim", "3"], "has 2"),
+    (AAE, ["--labels", "--dataset", "folder:{tmp}/few", "--batch-size", "2"], "has none"),
+    (AAE, ["--latent-dim", "785"], "784"),
+    (AAE, ["--batch-size", "1"], "--batch-size 1"),
+    (AAE, ["--batch-size", "60001"], "60000 images"),
+    (AAE, ["--dropout", "1"], "--dropout 1"),
+    (AAE, ["--resume", "{tmp}/other.pt"], "checkpoint of pca_gd, not of aae"),
+    (SEMI, ["--labels", "105"], "multiple of 10"),
+    (SEMI, ["--labels", "60000"], "at most 54210"),
+    (SEMI, ["--labels", "-1"], "--labels -1"),
+    (SEMI, ["--cluster", "1"], "--cluster 1"),
+    (SEMI, ["--dataset", "folder:{tmp}/few", "--batch-size", "2"], "choose --cluster"),
+    (SEMI, ["--latent-dim", "785"], "784"),
+    (SEMI, ["--batch-size", "60001"], "60000 images"),
+    (SEMI, ["--resume", "{tmp}/file"], "no checkpoint"),
+    (VAE_GAN, ["--recipe", "seed002"], "--recipe"),
+    (VAE_GAN, ["--image-size", "48"], "--image-size"),
+    (VAE_GAN, ["--width", "-1"], "--width"),
+    (VAE_GAN, ["--batch-size", "1"], "--batch-size 1"),
+    (VAE_GAN, ["--batch-size", "60001"], "60000 images"),
+    (VAE_GAN, ["--dataset", "sine_sheet"], "unknown"),
+    (VAE_GAN, ["--resume", "{tmp}/other.pt"], "checkpoint of pca_gd, not of vae_gan"),
     (COMPARE, ["--k", "10", "784"], "1 to 783"),
     (COMPARE, ["--k", "10", "0"], "--k 0"),
     (COMPARE, ["--methods", "pca", "svd"], "--methods"),

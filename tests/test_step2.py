@@ -1,12 +1,9 @@
-"""Step 2: the losses' identities, which parameters each step moves, and going on after a stop."""
-import csv
+"""Step 2: the losses' identities, and which parameters each step moves."""
 import json
-import os
-import signal
 
 import pytest
 import torch
-from conftest import ROOT, assert_same, train_here
+from conftest import ROOT, assert_same, train_here, watch
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -17,22 +14,6 @@ import gan_mnist as gan
 import latent_regressor_mnist as lr
 import shared
 
-FILES = {module.__name__: module for module in (ae, alae, bigan, gan, lr)}
-
-
-def watch(nets, **optimizers):
-    """Makes each optimizer note which of the networks its step moves; returns the list of notes."""
-    seen = []
-
-    def values():
-        return {name: torch.cat([p.detach().flatten().clone() for p in net.parameters()]) for name, net in nets.items()}
-    for name, optimizer in optimizers.items():
-        def step(real=optimizer.step, name=name):
-            before = values()
-            real()
-            seen.append((name, {n for n, v in values().items() if not v.equal(before[n])}))
-        optimizer.step = step
-    return seen
 
 
 def adam(*nets):
@@ -312,48 +293,9 @@ def test_alae_losses():
     torch.testing.assert_close(alae.L_err_EG(lambda x: 3 * x, lambda w: w, torch.ones(4, 3)), torch.tensor(4.0))
 
 
-# All of them
-
-@pytest.mark.parametrize("name", FILES)
-def test_ctrl_c_in_an_epoch_saves_and_resumes(name, tmp_path, monkeypatch, capsys):
-    module, tick = FILES[name], shared.Run.tick
-    extra = ["--smoke", "--epochs", "2", "--batch-size", "128", "--out-dir", str(tmp_path)]
-    train_here(monkeypatch, module, *extra, "--run-name", "straight")
-    folder = tmp_path / name / "stopped"
-
-    def tick_then_signal(run, *args):
-        tick(run, *args)
-        if run.at["steps"] == steps + 2:  # the second step of the second epoch
-            os.kill(os.getpid(), signal.SIGINT)
-    steps = torch.load(tmp_path / name / "straight/checkpoint.pt", weights_only=True)["run"]["steps"] // 2
-    with monkeypatch.context() as patch:
-        patch.setattr(shared.Run, "tick", tick_then_signal)
-        with pytest.raises(SystemExit) as stop:
-            train_here(patch, module, *extra, "--run-name", "stopped")
-    assert stop.value.code == 130 and f"--resume {folder / 'checkpoint.pt'}" in capsys.readouterr().err
-    train_here(monkeypatch, module, "--resume", str(folder / "checkpoint.pt"))
-    a, b = (torch.load(tmp_path / name / run / "checkpoint.pt", weights_only=True) for run in ("straight", "stopped"))
-    for part in a.keys() - {"config", "run"}:
-        assert_same(a[part], b[part])
-    rows = [list(csv.DictReader(open(tmp_path / name / run / "metrics.csv"))) for run in ("straight", "stopped")]
-    assert len(rows[0]) == 3 and [[r | {"perf/images_per_s": ""} for r in run] for run in rows][0] == [
-        r | {"perf/images_per_s": ""} for r in rows[1]]
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_benchmark(name, tmp_path, monkeypatch, capsys):
-    train_here(monkeypatch, FILES[name], "--smoke", "--benchmark", "--out-dir", str(tmp_path))
-    words = capsys.readouterr().out.split()
-    assert float(words[words.index("images/s") - 1]) > 100 and not list(tmp_path.iterdir())
-
-
 def test_references_do_not_change_the_training(tmp_path, monkeypatch):
     for run, extra in (("a", []), ("b", ["--references"])):
         train_here(monkeypatch, lr, "--smoke", "--epochs", "1", *extra, "--out-dir", str(tmp_path), "--run-name", run)
     a, b = (torch.load(tmp_path / "latent_regressor_mnist" / run / "model.pt", weights_only=True) for run in "ab")
     assert_same(a["E"], b["E"])
     assert b["run"]["rows"][0]["untrained/svm_acc_short"] > 50  # of a random last layer, though training starts at 0
-
-
-def test_layout():
-    assert {path.stem for path in (ROOT / "step2_gan").glob("*.py")} == FILES.keys()
