@@ -239,8 +239,9 @@ def prior_gap(seen, codes, draws=4):
 
 
 def look(config, data, seen, full):
-    """The contract's metrics and the prior gap of the test images' codes."""
-    return shared.evaluate(config, data, seen, full) | prior_gap(seen, shared.in_chunks(seen["short"], data[2]))
+    """The contract's metrics, and the prior gap of the test images' codes and of as many training images'."""
+    train, test = (prior_gap(seen, shared.in_chunks(seen["short"], x[:len(data[2])])) for x in (data[0], data[2]))
+    return shared.evaluate(config, data, seen, full) | test | {"eval/prior_gap_train": train["eval/prior_gap"]}
 
 
 def sheet(seen, Z, K, n, third=None):
@@ -264,8 +265,7 @@ def draw(run, data, seen, config, K):
     (x, _, u, v, shape), Z = data, config.latent_dim
     title = f"AAE, {config.net}{', labels' * (K > 0)}, {config.prior} prior"
     shared.draw(run, data, seen, {"L_rec": LOSSES[:1], "adversarial losses": LOSSES[1:3], "prior gap": [
-        "eval/prior_gap", "eval/prior_gap_floor"], "share of batches": LOSSES[3:], "reconstruction MSE": ["eval/recon_mse"],
-        "LeNet-FID": ["eval/fid"]}, title)
+        "eval/prior_gap", "eval/prior_gap_floor"], "LeNet-FID": ["eval/fid"]}, title)
     title, codes = f"{title}, epoch {run.done}", shared.in_chunks(seen["short"], u).cpu()
     z, y = seen["prior"](len(u)).cpu().split([Z, K], 1)
 

@@ -49,8 +49,9 @@ class Config(shared.Protocol):
     noise: float = option(0.3, "standard deviation of the noise on Q's input while it trains (ours)", low=0)
     batch_norm: bool = option(True, "in Q (ours)")
     hidden_D: int = option(500, "units of the discriminators' two layers (seed 004; paper: 1000)", low=1)
-    lr: float = option(0.001, "learning rate of Adam for reconstruction and supervision (its default)", low=1e-9)
-    reg_lr: float = option(0.001, "and for regularization (its default)", low=1e-9)
+    lr: float = option(0.001, "learning rate of Adam for reconstruction (its default)", low=1e-9)
+    reg_lr: float = option(0.001, "for regularization (its default)", low=1e-9)
+    sup_lr: float = option(0.001, "for supervision", low=1e-9)
     beta1: float = option(0.5, "β₁ of Adam (as seed 004)", low=0, high=0.999)
     decay: float = option(0.5, "share of the training, at its end, in which they fall linearly to 0 (ours)", low=0, high=1)
     eval_every: int = option(5, "epochs between cheap evaluations, and pictures", low=1)
@@ -149,15 +150,15 @@ def start(config, X, K, device):
 
     def adam(lr, *names):
         return torch.optim.Adam([p for name in names for p in nets[name].parameters()], lr, (config.beta1, 0.999), fused=True)
-    return nets, {"Q_rec": adam(config.lr, "Q"), "P": adam(config.lr, "P"), "Q_sup": adam(config.lr, "Q"),
+    return nets, {"Q_rec": adam(config.lr, "Q"), "P": adam(config.lr, "P"), "Q_sup": adam(config.sup_lr, "Q"),
                   "D": adam(config.reg_lr, "D_y", "D_z"), "Q_reg": adam(config.reg_lr, "Q")}
 
 
 def set_rates(opts, config, done):
     """The learning rates after the share `done` of the training."""
     share = min(1.0, (1 - done) / config.decay) if config.decay else 1.0
-    for name, opt in opts.items():
-        opt.param_groups[0]["lr"] = share * (config.reg_lr if name in ("D", "Q_reg") else config.lr)
+    for name, lr in {"P": config.lr, "Q_rec": config.lr, "D": config.reg_lr, "Q_reg": config.reg_lr, "Q_sup": config.sup_lr}.items():
+        opts[name].param_groups[0]["lr"] = share * lr
 
 
 def balanced(y, n, seed):

@@ -25,7 +25,8 @@ NAMES = {"recon_mse": "test MSE", "identity": "identity %", "fid": "LeNet-FID", 
          "seconds": "seconds"}
 NAMES |= {f"{a}_acc_{b}": f"{label} {b}" for a, label in (("knn", "1-NN"), ("svm", "SVM"), ("mlp", "MLP"))
           for b in ("short", "long")}
-NAMES |= {"error": "test error %", "prior_gap": "prior gap", "prior_gap_floor": "its floor"}
+NAMES |= {"error": "test error %", "prior_gap": "prior gap", "prior_gap_floor": "its floor",
+          "prior_gap_train": "prior gap of training images", "fid_floor": "LeNet-FID of resized test images"}
 NAMES |= {"digit_kl": "KL of digits", "digit_min": "rarest digit %", "grad_norm_G": "‖gradient of G‖"}
 TOGETHER = {"linear autoencoders": ("linear_alae", "linear_latent_regressor"),  # one table for several experiments
             "nonlinear autoencoders: E 784-1024-1024-50, G 50-1024-1024-784": (

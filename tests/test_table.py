@@ -33,9 +33,21 @@ def test_unfinished_runs_do_not_count(tmp_path, monkeypatch):
 
 def test_readme_shows_the_committed_results():
     text = (ROOT / "README.md").read_text()
-    assert all(f"<!-- {name} -->" in text for name in ("table", "clean"))
+    assert all(f"<!-- {name} -->" in text for name in ("table", "clean", "baselines"))
     assert table.readme(text) == text, "stale: run python results/table.py --readme"
     assert (ROOT / "results/README.md").read_text() == table.every_run(), "stale: run python results/table.py --readme"
+
+
+def test_baselines_stand_beside_the_best_alae():
+    def run(experiment, seed=0, **more):
+        return summary(seed, 90.0 + seed, experiment=experiment, run=f"{experiment}{seed}", **{"eval/recon_mse": 0.02} | more)
+    text = table.baselines([
+        run("aae", 1, setting=""), run("aae", setting=""), run("aae", split="val"), run("vae_gan"), run("gan_mnist"),
+        run("train_fc_alae", setting="recipe fast", epochs=50), run("train_fc_alae"), run("aae_semi_supervised", **{"eval/error": 2.5})])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert [row[0] for row in rows[2:]] == [
+        "VAE-GAN, lr 0.004", "AAE", "semi-supervised AAE, lr 0.004", "ALAE, recipe fast"]
+    assert rows[3][1:5] == ["20", "1", "2", "0.02000 ± 0.00000"] and rows[3][8] == "90.50 ± 0.71" and rows[4][9] == "2.50"
 
 
 def test_collect(command, tmp_path, monkeypatch):
