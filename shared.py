@@ -47,7 +47,7 @@ class Protocol:
 
     @classmethod
     def defaults(cls, chosen):
-        return {k: v for (key, value), fields in cls.recipes.items() if str(chosen.get(key)).split(":")[0] == value
+        return {k: v for (key, value), fields in cls.recipes.items() if str(chosen.get(key)).split(":")[0] == str(value)
                 for k, v in fields.items()}
 
 def parse_config(Config, argv=None):
@@ -74,7 +74,7 @@ def parse_config(Config, argv=None):
             saved = {key: v for key, v in saved.items() if key not in FREE_ON_EVAL - {"dataset", "split"}}
         for key in (key for key in given.keys() - free if given[key] not in (saved[key], "auto")):
             fail(f"{path} was trained with {flags[key]} {saved[key]}, not {given[key]}")
-        given = saved | given
+        given = saved | {key: v for key, v in given.items() if key in free or v != "auto"}
     given = Config.defaults(given) | given
     for f, low, high in ((f, f.metadata["low"], f.metadata["high"]) for f in fields(Config)):
         for value in np.atleast_1d(given.get(f.name, f.default)) if low is not None else ():
@@ -303,6 +303,12 @@ class Run:
         write(path := self.dir / f"{name}.png", lambda t: figure.savefig(t, format="png", dpi=150, bbox_inches="tight"))
         self._mirror(lambda w: w.log({f"media/{name}": sys.modules["wandb"].Image(str(path))}, step=self.done))
 
+    def animation(self, name, sheets, duration):
+        """Save PIL images as <name>.gif; duration in ms: of all alike, or of each."""
+        write(path := self.dir / f"{name}.gif", lambda temporary: sheets[0].save(
+            temporary, "GIF", save_all=True, append_images=sheets[1:], duration=duration, loop=0))
+        self._mirror(lambda w: w.log({f"media/{name}": sys.modules["wandb"].Video(str(path), format="gif")}, step=self.done))
+
     def save(self, name, **content):
         """torch.save of the content, with all that load_checkpoint and a continuation need."""
         self.at["wall_s"] = time.time() - self.born
@@ -368,7 +374,7 @@ def accuracies(kind, *features, prefix="eval"):
 
 def evaluate(config, data, maps, full, prefix="eval"):
     """The contract's metrics, or those of pictures and 1-NN on short features. data: x (N, X) in [0, 1],
-    y, x_test, y_test, an image's shape (what x has in further columns is for encode and short alone); maps: encode
+    y, x_test, y_test, an image's shape (what x has in further columns is for encode, short and long alone); maps: encode
     (x → code), decode (code → x), prior (n → n codes), short and long (x → features)."""
     (x, y, u, v, shape), images = data, data[2][:, :data[4].numel()].unflatten(1, data[4])
     x_hat = in_chunks(lambda part: maps["decode"](maps["encode"](part)), u).unflatten(1, shape)
@@ -442,10 +448,10 @@ def draw(run, data, maps, panels, title):
     if "encode" in maps:
         x = u[:min(50, len(u)) // n * n]
         pairs = torch.stack([x[:, :shape.numel()], maps["decode"](maps["encode"](x))]).unflatten(1, (-1, n)).transpose(0, 1)
-        picture("reconstructions", pairs, n, "test images x and reconstructions G(E(x))", ["x", "G(E(x))"] * len(pairs))
+        picture("reconstructions", pairs, n, "test images x and their reconstructions", ["x", "rec."] * len(pairs))
     t = torch.linspace(0, 1, 10, device=u.device)[:, None]
     between = maps["decode"](((1 - t) * codes[:8, None] + t * codes.flip(0)[:8, None]).flatten(0, 1))
-    picture("interpolations", between, 10, f"G on the way between two {'test codes' if 'encode' in maps else 'z'}")
+    picture("interpolations", between, 10, f"decoded on the way between two {'test codes' if 'encode' in maps else 'z'}")
     lines = {ylabel: {key.split("/")[1]: zip(*points) for key in keys if (points := [
         (row[run.unit], row[key]) for row in run.rows if key in row])} for ylabel, keys in panels.items()}
     run.picture("curves", curves({ylabel: line for ylabel, line in lines.items() if line}, run.unit, title))

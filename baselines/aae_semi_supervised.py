@@ -44,7 +44,7 @@ class Config(shared.Protocol):
     epochs: int = option(15, "passes over the training images (paper: thousands)", low=1)
     batch_size: int = option(100, "images per step, and labelled ones", low=2)
     labels: int = option(1000, "labelled images, as many of each class (paper: 100, 1000, all); 0: all", low=0)
-    cluster: int = option(0, "number of clusters, without labels (paper: 16, 30); 0: no clustering", low=0)
+    cluster: int = option(0, "number of clusters, without labels (paper: 16, 30); 0: no clustering", low=0, high=1000)
     latent_dim: int = option(10, "dimension of z (paper §4)", low=1)
     noise: float = option(0.3, "standard deviation of the noise on Q's input while it trains (ours)", low=0)
     batch_norm: bool = option(True, "in Q (ours)")
@@ -70,11 +70,11 @@ class Noise(nn.Module):
         self.sigma = sigma
 
     def forward(self, x):
-        return x + self.sigma * torch.randn_like(x) if self.training else x
+        return x + self.sigma * torch.randn_like(x) if self.training and self.sigma else x
 
 
 def build(config, X, K):
-    """Q: x (B, X) → logits of y, and z (B, K + Z); P: (y, z) → logits of pixels (B, X); D_y, D_z: y or z → a logit (B, 1)."""
+    """Q: x (B, X) → logits of y, z (B, K + Z); P: (y, z) → logits of pixels (B, X); D_y, D_z: → a logit (B, 1)."""
     Z, N, M = config.latent_dim, 1000, config.hidden_D
 
     def hidden(n, m, norm=False):
@@ -121,7 +121,7 @@ def train_step(nets, opts, x, x_l, k_l, config, K):
 
     # Regularization: the discriminators, then Q against them
     y_fake, z_fake = code(Q, x, K)
-    y, z = one_hot(torch.randint(K, (len(x),), device=x.device), K).float(), torch.randn_like(z_fake)
+    y, z = one_hot(torch.randint(K, (len(x),), device=x.device), K).to(x), torch.randn_like(z_fake)
     opts["D"].zero_grad()
     loss_D = L_D(D_y, y, y_fake.detach()) + L_D(D_z, z, z_fake.detach())
     loss_D.backward()
@@ -157,7 +157,8 @@ def start(config, X, K, device):
 def set_rates(opts, config, done):
     """The learning rates after the share `done` of the training."""
     share = min(1.0, (1 - done) / config.decay) if config.decay else 1.0
-    for name, lr in {"P": config.lr, "Q_rec": config.lr, "D": config.reg_lr, "Q_reg": config.reg_lr, "Q_sup": config.sup_lr}.items():
+    rates = {"P": config.lr, "Q_rec": config.lr, "D": config.reg_lr, "Q_reg": config.reg_lr, "Q_sup": config.sup_lr}
+    for name, lr in rates.items():
         opts[name].param_groups[0]["lr"] = share * lr
 
 
@@ -213,7 +214,8 @@ def draw(run, data, seen, config, K):
     if config.cluster:
         y = shared.in_chunks(seen["encode"], u)[:, :K]
         heads = seen["decode"](torch.eye(K, K + Z, device=u.device))  # z = 0
-        rows = [torch.cat([head[None], u[y.argmax(1) == k][:15], u.new_ones(15, u.shape[1])])[:16] for k, head in enumerate(heads)]
+        rows = [torch.cat([head[None], u[y.argmax(1) == k][:15], u.new_ones(15, u.shape[1])])[:16]
+                for k, head in enumerate(heads)]
         run.picture("clusters", shared.grid(torch.cat(rows).unflatten(1, shape), 16,
                                             f"{title}, epoch {run.done}: P(y, 0) and the first test images of each cluster"))
 
@@ -233,6 +235,8 @@ def main(config):
         shared.fail(f"{config.dataset} has no labels: choose --cluster")
     if config.cluster == 1:
         shared.fail("--cluster 1: one cluster is none")
+    if config.cluster and config.labels != Config.labels:
+        shared.fail(f"--cluster {config.cluster}: clusters come without --labels")
     K = config.cluster or int(y_train.max()) + 1
     if checkpoint and config.decay and config.epochs != checkpoint["config"]["epochs"]:
         shared.fail(f"--epochs {config.epochs}: the learning rates fall towards epoch {checkpoint['config']['epochs']} (--decay)")

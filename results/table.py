@@ -136,10 +136,12 @@ def baselines(found):
     columns = ["recon_mse", "identity", "fid", "knn_acc_short", "svm_acc_short", "error", "prior_gap", "prior_gap_floor"]
     groups = {}
     for s in sorted(found, key=lambda s: ([*BASELINES].index(s["experiment"]), s["setting"], s["epochs"], s["seed"])):
-        groups.setdefault((BASELINES[s["experiment"]], s["setting"], s["epochs"]), []).append(s)
+        groups.setdefault((BASELINES[s["experiment"]], s["setting"], s["epochs"]), {})[s["seed"]] = s
     lines = [["", "epochs", "minutes", "seeds", *(NAMES[c] for c in columns)], ["---"] * (4 + len(columns))]
     for (name, setting, epochs), runs in groups.items():
-        cells = [cell(c, values) if (values := [s[f"eval/{c}"] for s in runs if f"eval/{c}" in s]) else "" for c in columns]
+        runs, told = list(runs.values()), "labels True" in setting  # the class: identity says nothing
+        found = {c: [s[f"eval/{c}"] for s in runs if f"eval/{c}" in s and not (told and c == "identity")] for c in columns}
+        cells = [cell(c, values) if values else "" for c, values in found.items()]
         minutes = statistics.fmean(s["wall_s"] for s in runs) / 60
         lines.append([name + f", {setting}" * bool(setting), str(epochs), f"{minutes:.0f}", str(len(runs)), *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -298,9 +298,7 @@ def animate(run, frames, shape):
         sheets.append(Image.new("RGB", (16 * w, 16 * h + 24)))
         sheets[-1].paste(Image.fromarray(sheet.numpy()).resize((16 * w, 16 * h), Image.NEAREST))
         ImageDraw.Draw(sheets[-1]).text((8, 16 * h + 6), f"epoch {epoch}", "white")
-    times = [250] * (len(sheets) - 1) + [3000]  # ms
-    shared.write(run.dir / "samples.gif", lambda temporary: sheets[0].save(
-        temporary, "GIF", save_all=True, append_images=sheets[1:], duration=times, loop=0))
+    run.animation("samples", sheets, [250] * (len(sheets) - 1) + [3000])
 
 
 def show(config, device, data):

@@ -62,3 +62,7 @@ def watch(nets, **optimizers):
             seen.append((name, {n for n, v in values().items() if not v.equal(before[n])}))
         optimizer.step = step
     return seen
+
+
+def adam(*nets):
+    return torch.optim.Adam([p for net in nets for p in net.parameters()], 1e-3)

@@ -1,11 +1,12 @@
 """AAE: sizes, priors, losses, which parameters each phase moves, the balance rule, labels, clusters and the prior gap."""
+import json
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import train_here, watch
+from conftest import adam, train_here, watch
 from PIL import Image
 from scipy.stats import wasserstein_distance
 from torch import nn
@@ -135,9 +136,9 @@ def test_sliced_wasserstein_and_the_floor():
     config = aae.Config(latent_dim=2)
     nets = aae.build(config, MNIST, 0)
     seen = aae.maps(nets, config, MNIST, 0, "cpu")
-    gap = aae.prior_gap(seen, seen["prior"](4000, 99))
+    gap = aae.prior_gap(seen, seen["prior"](4000, 99), 2)
     assert gap["eval/prior_gap"] == pytest.approx(gap["eval/prior_gap_floor"], rel=1) and gap["eval/prior_gap_floor"] < 0.05
-    assert aae.prior_gap(seen, 1.5 * seen["prior"](4000, 99))["eval/prior_gap"] > 0.2
+    assert aae.prior_gap(seen, 1.5 * seen["prior"](4000, 99), 2)["eval/prior_gap"] > 0.2
 
 
 def test_labels_stand_behind_pixels_and_codes():
@@ -161,11 +162,19 @@ def test_labels_stand_behind_pixels_and_codes():
     assert shared.evaluate(config, moved, seen, full=False)["eval/knn_acc_short"] == plain["eval/knn_acc_short"]  # Q does not
 
 
+def test_prior_gap_compares_with_the_classes_at_hand():
+    config, y = aae.Config(prior="gmm10", latent_dim=2, labels=True), one_hot(torch.arange(6000) % 3, 10).float()
+    seen = aae.maps(aae.build(config, MNIST, 10), config, MNIST, 10, "cpu")
+    gap = aae.prior_gap(seen, seen["prior"](6000, 99, y), 2)  # three of ten classes
+    assert gap["eval/prior_gap"] == pytest.approx(gap["eval/prior_gap_floor"], rel=1) and gap["eval/prior_gap"] < 0.05
+
+
 def test_recipes_fill_defaults():
     config = shared.parse_config(aae.Config, ["--recipe", "seed002", "--lr-D", "0.1"])
     assert (config.dropout, config.lr, config.lr_D, config.prior, config.batch_size) == (0.25, 6e-4, 0.1, "gaussian", 100)
     config = shared.parse_config(aae.Config, ["--dataset", "folder:/some/faces"])
     assert (config.net, config.latent_dim, config.dataset) == ("conv", 50, "folder:/some/faces")
+    assert shared.parse_config(aae.Config, ["--prior", "gmm10", "--dataset", "celeba"]).latent_dim == 2
 
 
 def test_learning_rates_fall_on_a_plateau(tmp_path, monkeypatch):
@@ -174,6 +183,12 @@ def test_learning_rates_fall_on_a_plateau(tmp_path, monkeypatch):
     rows = torch.load(tmp_path / "aae/a/checkpoint.pt", weights_only=True)
     assert [row.get("train/lr") for row in rows["run"]["rows"]] == [None, 2e-4, 2e-4]
     assert {round(rows[name]["param_groups"][0]["lr"], 9) for name in ("P", "Q_rec", "Q_reg", "D")} == {4e-5}
+
+
+def test_a_plain_autoencoder_has_no_adversarial_metrics(tmp_path, monkeypatch):
+    train_here(monkeypatch, aae, "--smoke", "--epochs", "1", "--lr-Q", "0", "--out-dir", str(tmp_path), "--run-name", "a")
+    keys = json.loads((tmp_path / "aae/a/summary.json").read_text()).keys()
+    assert {"train/L_rec", "eval/prior_gap"} <= keys and not {"train/L_D", "train/L_Q", "train/trains_D"} & keys
 
 
 def test_own_faces(command, tmp_path):
@@ -192,7 +207,9 @@ def test_own_faces(command, tmp_path):
 @pytest.mark.parametrize("K, size", ((0, (280, 280)), (10, (840, 336))))
 def test_the_animation_goes_along_z3_and_back(K, size, tmp_path):
     seen = {"prior": lambda n: torch.rand(n, 3 + K), "decode": lambda z: z[:, 2:3].expand(-1, 784)}
-    aae.animate(SimpleNamespace(dir=tmp_path), seen, MNIST, 3, K)
+    def save(*args):
+        shared.Run.animation(SimpleNamespace(dir=tmp_path, _mirror=lambda function: None), *args)
+    aae.animate(SimpleNamespace(animation=save), seen, MNIST, 3, K)
     with Image.open(tmp_path / "traversal.gif") as gif:
         assert gif.size == size and gif.n_frames > 10
         levels = []
@@ -221,6 +238,36 @@ def test_semi_supervised_phases():
         torch.testing.assert_close(y.sum(1), torch.ones(8))
 
 
+@pytest.mark.parametrize("phases", ({"P", "Q_rec"}, {"D"}, {"Q_reg"}, {"Q_sup"}))
+def test_each_phase_descends_its_written_loss(phases):
+    """With SGD of rate 1 and all other phases at rate 0, the weights move by the gradient of the loss as it is written."""
+    torch.manual_seed(0)
+    config, K = semi.Config(latent_dim=3, hidden_D=5, noise=0.0), 4
+    nets = semi.build(config, 6, K).double()
+    opts = {name: torch.optim.SGD(opt.param_groups[0]["params"], float(name in phases)) for name, opt in {
+        "P": adam(nets["P"]), "Q_rec": adam(nets["Q"]), "Q_reg": adam(nets["Q"]), "Q_sup": adam(nets["Q"]),
+        "D": adam(nets["D_y"], nets["D_z"])}.items()}
+    x, x_l, k_l = torch.rand(8, 6).double(), torch.rand(5, 6).double(), torch.tensor([0, 3, 1, 1, 2])
+    state = torch.get_rng_state()
+    y = one_hot(torch.randint(K, (8,)), K).double()  # as the step draws them
+    z = torch.randn(8, 3, dtype=torch.float64)
+    torch.set_rng_state(state)
+    a = nets["Q"](x)
+    y_fake, z_fake = a[:, :K].exp() / a[:, :K].exp().sum(1, keepdim=True), a[:, K:]
+    D = {name: lambda c, name=name: nets[name](c).sigmoid() for name in ("D_y", "D_z")}
+    rec = (x - nets["P"](torch.cat([y_fake, z_fake], 1)).sigmoid()).pow(2).mean()
+    loss_D = sum(-(D[n](c).log() + (1 - D[n](f.detach())).log()).mean() for n, c, f in (("D_y", y, y_fake), ("D_z", z, z_fake)))
+    loss_Q = -(D["D_y"](y_fake).log() + D["D_z"](z_fake).log()).mean()
+    sup = -nets["Q"](x_l)[:, :K].log_softmax(1)[torch.arange(5), k_l].mean()
+    loss, names = {"P": (rec, "QP"), "D": (loss_D, ("D_y", "D_z")), "Q_reg": (loss_Q, "Q"), "Q_sup": (sup, "Q")}[min(phases)]
+    params = [p for name in names for p in nets[name].parameters()]
+    want = [p - g for p, g in zip(params, torch.autograd.grad(loss, params))]
+    others = [p.clone() for name in nets.keys() - set(names) for p in nets[name].parameters()]
+    semi.train_step(nets, opts, x, x_l, k_l, config, K)
+    torch.testing.assert_close(params, [p.detach() for p in want])
+    torch.testing.assert_close([p for name in nets.keys() - set(names) for p in nets[name].parameters()], others)
+
+
 def test_noise_in_training_alone():
     noise, x = semi.Noise(0.3), torch.zeros(100, 100)
     assert noise(x).std().item() == pytest.approx(0.3, rel=0.05) and noise.eval()(x) is x
@@ -243,9 +290,9 @@ def test_clusters_take_the_class_of_their_surest_training_image():
 
 
 def test_learning_rates_fall_linearly():
-    config = semi.Config(lr=1.0, reg_lr=2.0, decay=0.5)
+    config = semi.Config(lr=1.0, reg_lr=2.0, sup_lr=3.0, decay=0.5)
     opts = semi.start(config, 784, 10, "cpu")[1]
     for done, share in ((0, 1), (0.5, 1), (0.75, 0.5), (1, 0)):
         semi.set_rates(opts, config, done)
         assert {name: opt.param_groups[0]["lr"] for name, opt in opts.items()} == {
-            "Q_rec": share, "P": share, "Q_sup": share, "D": 2 * share, "Q_reg": 2 * share}
+            "Q_rec": share, "P": share, "Q_sup": 3 * share, "D": 2 * share, "Q_reg": 2 * share}

@@ -101,3 +101,8 @@ def test_ctrl_c(tmp_path):
     os.killpg(driver.pid, signal.SIGINT)
     err = driver.communicate()[1]
     assert driver.returncode == 130 and "the same command goes on" in err and "Traceback" not in err
+
+
+def test_quick_is_a_first_look():
+    config = paper_table.shared.parse_config(paper_table.Config, ["--quick", "--seeds", "4"])
+    assert (config.epochs, config.splits, config.seeds) == (3, ("dw",), (4,))

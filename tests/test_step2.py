@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, assert_same, train_here, watch
+from conftest import adam, assert_same, train_here, watch
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -14,10 +14,6 @@ import gan_mnist as gan
 import latent_regressor_mnist as lr
 import shared
 
-
-
-def adam(*nets):
-    return torch.optim.Adam([p for net in nets for p in net.parameters()], 1e-3)
 
 
 @pytest.mark.parametrize("module", (ae, alae, bigan, lr))
