@@ -12,7 +12,7 @@ Without labels (--cluster N) phase 3 is left out and y has N entries. A cluster'
 which is surest to belong to it, and the error counts every test image whose cluster has another class than its own.
 
     python baselines/aae_semi_supervised.py                     # 1000 labels
-    python baselines/aae_semi_supervised.py --labels 100 --epochs 25
+    python baselines/aae_semi_supervised.py --labels 100 --epochs 15
     python baselines/aae_semi_supervised.py --labels 0          # all of them
     python baselines/aae_semi_supervised.py --cluster 30        # none
 
@@ -41,7 +41,7 @@ from shared import option
 
 @dataclass
 class Config(shared.Protocol):
-    epochs: int = option(15, "passes over the training images (paper: thousands)", low=1)
+    epochs: int = option(10, "passes over the training images (paper: thousands)", low=1)
     batch_size: int = option(100, "images per step, and labelled ones", low=2)
     labels: int = option(1000, "labelled images, as many of each class (paper: 100, 1000, all); 0: all", low=0)
     cluster: int = option(0, "number of clusters, without labels (paper: 16, 30); 0: no clustering", low=0, high=1000)
@@ -50,8 +50,8 @@ class Config(shared.Protocol):
     batch_norm: bool = option(True, "in Q (ours)")
     hidden_D: int = option(500, "units of the discriminators' two layers (seed 004; paper: 1000)", low=1)
     lr: float = option(0.001, "learning rate of Adam for reconstruction (its default)", low=1e-9)
-    reg_lr: float = option(0.001, "for regularization (its default)", low=1e-9)
-    sup_lr: float = option(0.001, "for supervision", low=1e-9)
+    reg_lr: float = option(3e-4, "for regularization (chosen on val)", low=1e-9)
+    sup_lr: float = option(0.001, "for supervision (chosen on val)", low=1e-9)
     beta1: float = option(0.5, "β₁ of Adam (as seed 004)", low=0, high=0.999)
     decay: float = option(0.5, "share of the training, at its end, in which they fall linearly to 0 (ours)", low=0, high=1)
     eval_every: int = option(5, "epochs between cheap evaluations, and pictures", low=1)
