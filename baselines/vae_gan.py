@@ -50,7 +50,7 @@ from shared import option
 
 @dataclass
 class Config(shared.Protocol):
-    epochs: int = option(5, "passes over the training images (seed 001: 25 on MNIST, 30 on CIFAR-10)", low=1)
+    epochs: int = option(4, "passes over the training images (seed 001: 25 on MNIST, 30 on CIFAR-10)", low=1)
     max_steps: int = option(0, "iterations of an epoch at most (0: as many as there are batches)", low=0)
     batch_size: int = option(64, "images per iteration (paper §4, seed 001)", low=2)
     method: str = option("vae_gan", "VAE-GAN, or the VAE it is compared with", choices=("vae_gan", "vae"))
