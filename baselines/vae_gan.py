@@ -289,8 +289,8 @@ def draw(run, config, data, seen, trace):
         "reconstruction MSE": ["eval/recon_mse"], "1-NN accuracy on μ, %": ["eval/knn_acc_short"],
         "identity, %": ["eval/identity"], "LeNet-FID": ["eval/fid"]}, name)
     lines = zip(LOSSES, torch.stack(trace).T.tolist())
-    run.picture("losses", shared.curves({key: {key.split("/")[1]: (range(1, len(ys) + 1), ys)} for key, ys in lines},
-                                        "iteration", f"{name}, epoch {run.done}"))
+    run.picture("losses", shared.curves({name: {name: (range(1, len(ys) + 1), ys)} for name, ys in (
+        (key.split("/")[1], ys) for key, ys in lines)}, "iteration", f"{name}, epoch {run.done}", yscale="log"))
 
 
 def benchmark(config, nets, opts, x):
