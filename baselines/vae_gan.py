@@ -15,7 +15,9 @@ pixel but in the features Dis_l of a discriminator Dis, which in turn tells x fr
     python baselines/vae_gan.py --width 1 --image-size 64 --epochs 1 --max-steps 300  # LeNet-FID after 300 iterations
     python baselines/vae_gan.py --width 1 --image-size 64 --benchmark                 # beside seed 001's order of computation
 
-Result to expect: RESULT
+Result to expect (test images, seed 0, one core of an AMD EPYC; README has the table): the default on a CPU, 11 minutes: MSE
+0.0100, identity 97.9 %, LeNet-FID 122; the VAE of its size 0.0111, 97.2 %, 224. Full size, 300 iterations, 47 minutes with
+two evaluations: LeNet-FID from 1141 to 262, identity 96.4 %. Speed: `results/benchmark_vae_gan.txt`.
 
 Deviations from the paper (P) or the public code of seeds 001 (S1) and 003 (S3):
  1. P: eq. 5 has L_GAN as a log-likelihood, but algorithm 1 descends it for Dis: right for its negative, which we take.
