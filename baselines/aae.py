@@ -19,9 +19,9 @@ class of test images too: their reconstructions have it, and identity says nothi
     python baselines/aae.py --lr-Q 0                                   # the plain autoencoder of the same size
     python baselines/aae.py --dataset celeba                           # or folder:PATH: 32×32 faces, 50-d code
 
-Result to expect (recipe ours, 30 epochs, seed 0, one core of an AMD EPYC, 11 to 14 minutes; README has the table): the last
-epoch's mean L_rec is 0.0238, the test MSE 0.0232, the prior gap 0.033 (floor 0.017); with labels 0.0207, 0.0211 and 0.051.
-Seed 004's notes have 0.0254 and 0.0223 for L_rec, after a stage more.
+Result to expect (recipe ours, 30 epochs, one core of an AMD EPYC, 9 to 14 minutes; README has the table): the last epoch's
+mean L_rec is 0.0238, the test MSE 0.0232, the prior gap 0.033 (floor 0.017; seed 0); with labels 0.0206 ± 0.0002, 0.0209 ±
+0.0002 and 0.044 ± 0.010 (seeds 0 and 1). Seed 004's notes have 0.0254 and 0.0223 for L_rec, after a stage more.
 
 Deviations from the seeds (002: its README, and its repository's basic script; 004: its repository, TensorFlow):
  1. 002 and 004 have a sigmoid and a logarithm (002: of x + 10⁻¹⁵); here the same losses of logits, which cannot overflow.
