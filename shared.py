@@ -140,10 +140,12 @@ def load_images(name, data_dir="", split="dw", device="cpu", size=None, limit=No
         result += [x, None if y is None else y[:n].to(device)]
     return result
 
-def load_vectors(config, device, toys=True):
-    """x_train (N, d), y_train, x_test, y_test and the shape of an image; the toys, for linear maps, have no labels."""
+def load_vectors(config, device, toys=True, size=None):
+    """x_train (N, d), y_train, x_test, y_test and the shape of an image; the toys, for linear maps, have no labels.
+    size: of photographs, which have none of their own (celeba, folder)."""
     if not toys or config.dataset not in TOYS:
-        x, y, u, v = load_images(config.dataset, config.data_dir, config.split, device, None, 2000 * config.smoke or None)
+        size = size if config.dataset.startswith(("celeba", "folder:")) else None
+        x, y, u, v = load_images(config.dataset, config.data_dir, config.split, device, size, 2000 * config.smoke or None)
         return x.flatten(1), y, u.flatten(1), v, x.shape[1:]
     rng, roll = np.random.default_rng(0), config.dataset == "swiss_roll"
     u, v = rng.uniform(size=(2, 5000))

@@ -314,20 +314,13 @@ def benchmark(config, nets, opts, x):
           f"or {len(x) / seeds:.1f} images/s: a ratio of {ours / seeds:.3f}")
 
 
-def load(config, device):
-    """As shared.load_vectors, but photographs come at --image-size."""
-    size = None if config.dataset in ("mnist", "fashion_mnist", "cifar10") else int(config.image_size)
-    x, y, u, v = shared.load_images(config.dataset, config.data_dir, config.split, device, size, 2000 * config.smoke or None)
-    return x.flatten(1), y, u.flatten(1), v, x.shape[1:]
-
-
 def main(config):
     device = shared.setup(config)
     full = device.type == "cuda"
     config.width = config.width or (1.0 if full else 0.25)
     config.image_size = config.image_size if config.image_size != "auto" else "64" if full else "32"
     checkpoint = shared.load_checkpoint(config.resume, Config) if config.resume else None
-    data = load(config, device)
+    data = shared.load_vectors(config, device, toys=False, size=int(config.image_size))
     x_train, shape = data[0], data[4]
     if config.smoke:
         config.epochs, config.max_steps = min(config.epochs, 2), min(config.max_steps or 4, 4)

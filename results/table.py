@@ -140,8 +140,8 @@ def baselines(found):
     lines = [["", "epochs", "minutes", "seeds", *(NAMES[c] for c in columns)], ["---"] * (4 + len(columns))]
     for (name, setting, epochs), runs in groups.items():
         runs, told = list(runs.values()), "labels True" in setting  # the class: identity says nothing
-        found = {c: [s[f"eval/{c}"] for s in runs if f"eval/{c}" in s and not (told and c == "identity")] for c in columns}
-        cells = [cell(c, values) if values else "" for c, values in found.items()]
+        values = {c: [s[f"eval/{c}"] for s in runs if f"eval/{c}" in s and not (told and c == "identity")] for c in columns}
+        cells = [cell(c, v) if v else "" for c, v in values.items()]
         minutes = statistics.fmean(s["wall_s"] for s in runs) / 60
         lines.append([name + f", {setting}" * bool(setting), str(epochs), f"{minutes:.0f}", str(len(runs)), *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
