@@ -47,7 +47,7 @@ from shared import option
 
 @dataclass
 class Config(shared.Protocol):
-    epochs: int = option(15, "passes over the training images (paper: thousands)", low=1)
+    epochs: int = option(20, "passes over the training images (paper: thousands)", low=1)
     batch_size: int = option(100, "images per step, and labelled ones", low=2)
     labels: int = option(1000, "labelled images, as many of each class (paper: 100, 1000, all); 0: all", low=0)
     cluster: int = option(0, "number of clusters, without labels (paper: 16, 30); 0: no clustering", low=0, high=1000)
@@ -55,9 +55,9 @@ class Config(shared.Protocol):
     noise: float = option(0.3, "standard deviation of the noise on Q's input while it trains (paper, from memory)", low=0)
     batch_norm: bool = option(True, "in Q (ours)")
     hidden_D: int = option(500, "units of the discriminators' two layers (seed 004; paper: 1000)", low=1)
-    lr: float = option(0.001, "learning rate of Adam for reconstruction (its default)", low=1e-9)
-    reg_lr: float = option(3e-4, "for regularization (deviation 2)", low=1e-9)
-    sup_lr: float = option(0.001, "for supervision", low=1e-9)
+    lr: float = option(0.004, "learning rate of Adam for reconstruction (chosen on val)", low=1e-9)
+    reg_lr: float = option(0.0012, "for regularization (deviation 2)", low=1e-9)
+    sup_lr: float = option(0.004, "for supervision", low=1e-9)
     beta1: float = option(0.5, "β₁ of Adam (as seed 004)", low=0, high=0.999)
     decay: float = option(0.5, "share of the training, at its end, in which they fall linearly to 0 (ours)", low=0, high=1)
     eval_every: int = option(5, "epochs between cheap evaluations, and pictures", low=1)
