@@ -1,7 +1,9 @@
 import os
+import runpy
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("step1_linear", "step2_gan", "step3_official_alae", "baselines", "results"))]
+import shared  # noqa: E402
 # Nobody is logged in to W&B, and nothing can be downloaded: a proxy that refuses.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | {
     "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "NETRC": "/dev/null",
@@ -27,15 +30,56 @@ def command(tmp_path):
     return run
 
 
-def train_here(patch, module, *args):
-    """Runs an experiment in this process; patch: pytest's monkeypatch."""
-    patch.setattr(sys, "argv", [module.__file__, *args])
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """As `command`, but in this process, which spares the imports."""
+    precision = torch.get_float32_matmul_precision()
+
+    def run(file, *args):
+        for key, value in ENVIRONMENT.items():
+            monkeypatch.setenv(key, value)
+        own = "--out-dir" in args or "--resume" in args or file.startswith("results")
+        extra = [] if own else ["--out-dir", str(tmp_path / "runs")]
+        monkeypatch.setattr(sys, "argv", [str(ROOT / file), *map(str, args), *extra])
+        code = 0
+        try:
+            with signals_kept():
+                runpy.run_path(str(ROOT / file), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(args, code, said.out, said.err)
+    yield run
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture
+def unpictured(monkeypatch):
+    """Training without pictures, which take most of a short run's time."""
+    monkeypatch.setattr(shared.Run, "picture", lambda *_: None)
+
+
+@pytest.fixture
+def bare(unpictured, monkeypatch):
+    """Training without pictures and the accuracies, which take the rest."""
+    monkeypatch.setattr(shared, "accuracies", lambda *_, **__: {})
+
+
+@contextmanager
+def signals_kept():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        module.main(module.shared.parse_config(module.Config))
+        yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def train_here(patch, module, *args):
+    """Runs an experiment in this process; patch: pytest's monkeypatch."""
+    patch.setattr(sys, "argv", [module.__file__, *args])
+    with signals_kept():
+        module.main(module.shared.parse_config(module.Config))
 
 
 def assert_same(a, b):

@@ -66,8 +66,10 @@ def test_lreq_adam_is_the_one_of_train_fc_alae():
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
 
-def test_resume_equals_no_interruption(tmp_path, monkeypatch, capsys):
-    args = ["--smoke", "--epochs", "2", "--exact-steps", "1", "--lrs", "1e-4", "--batch-size", "500", "--out-dir", str(tmp_path), "--run-name"]
+def test_resume_equals_no_interruption(bare, tmp_path, monkeypatch, capsys):
+    args = ["--smoke", "--epochs", "2", "--exact-steps", "1", "--lrs", "1e-4", "--batch-size", "100", "--out-dir", str(tmp_path), "--run-name"]
+    few = [part[:400] for part in shared.load_vectors(lr.Config(smoke=True), "cpu", toys=False)[:4]]
+    monkeypatch.setattr(shared, "load_vectors", lambda *_, **__: (*few, torch.Size((1, 28, 28))))
     train_here(monkeypatch, lr, *args, "a")
     tick = shared.Run.tick
 

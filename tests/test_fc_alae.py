@@ -145,7 +145,7 @@ def compare(straight, folder):
     assert len(rows[0]) == 3 and rows[0] == rows[1]
 
 
-def test_resume_equals_no_interruption(straight, tmp_path, monkeypatch):
+def test_resume_equals_no_interruption(straight, unpictured, tmp_path, monkeypatch):
     folder = tmp_path / "train_fc_alae" / "b"
     train(monkeypatch, "--smoke", "--epochs", "1", "--eval-every", "1", "--out-dir", str(tmp_path), "--run-name", "b")
     monkeypatch.chdir(tmp_path)  # from elsewhere, too
@@ -153,7 +153,7 @@ def test_resume_equals_no_interruption(straight, tmp_path, monkeypatch):
     compare(straight, folder)
 
 
-def test_ctrl_c_in_an_epoch_saves_and_resumes(straight, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_in_an_epoch_saves_and_resumes(straight, unpictured, tmp_path, monkeypatch, capsys):
     folder, tick = tmp_path / "train_fc_alae" / "c", shared.Run.tick
 
     def tick_then_signal(run, *args):
@@ -169,8 +169,8 @@ def test_ctrl_c_in_an_epoch_saves_and_resumes(straight, tmp_path, monkeypatch, c
     compare(straight, folder)
 
 
-def test_a_loss_that_turns_nan_stops_the_run(tmp_path, command):
-    done = command(FC_ALAE, "--smoke", "--lr", "1e30", "--run-name", "nan")
+def test_a_loss_that_turns_nan_stops_the_run(tmp_path, here):
+    done = here(FC_ALAE, "--smoke", "--lr", "1e30", "--run-name", "nan")
     assert done.returncode == 1 and "loss became" in done.stderr and "Traceback" not in done.stderr
     assert '"diverged"' in (tmp_path / "runs/train_fc_alae/nan/summary.json").read_text()
 
@@ -190,17 +190,17 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_a_kill_while_saving_leaves_the_previous_checkpoint_whole(tmp_path, command):
+def test_a_kill_while_saving_leaves_the_previous_checkpoint_whole(tmp_path, here, bare):
     args = [str(ROOT / FC_ALAE), "--smoke", "--epochs", "2", "--out-dir", str(tmp_path), "--run-name", "k"]
     killed = subprocess.run([sys.executable, "-c", KILLED, *args], env=ENVIRONMENT, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     path = tmp_path / "train_fc_alae" / "k" / "checkpoint.pt"
     assert shared.load_checkpoint(path, alae.Config)["run"]["done"] == 1
-    resumed = command(FC_ALAE, "--resume", path)
+    resumed = here(FC_ALAE, "--resume", path)
     assert resumed.returncode == 0, resumed.stderr
 
 
-def test_references_do_not_change_the_training(straight, tmp_path, monkeypatch):
+def test_references_do_not_change_the_training(straight, unpictured, tmp_path, monkeypatch):
     train(monkeypatch, "--smoke", "--epochs", "2", "--references", "--out-dir", str(tmp_path), "--run-name", "r")
     a, b = (torch.load(path / "model.pt", weights_only=True) for path in (straight, tmp_path / "train_fc_alae" / "r"))
     assert_same(a["E"], b["E"])
@@ -228,7 +228,7 @@ def test_eval_gives_a_runs_final_metrics_and_pictures(file, straight, tmp_path, 
     assert {"samples.png", "reconstructions.png", "interpolations.png", "interpolations_z.png", "traversals.png"} <= pictures
 
 
-def test_eval_weights_of_a_checkpoint_may_be_chosen_those_of_a_model_not(straight, tmp_path, monkeypatch, capsys):
+def test_eval_weights_of_a_checkpoint_may_be_chosen_those_of_a_model_not(straight, bare, tmp_path, monkeypatch, capsys):
     raw, _ = alae.load_model(straight / "checkpoint.pt", alae.Config(eval_weights="raw"))
     assert_same(dict(raw.state_dict()), dict(torch.load(straight / "checkpoint.pt", weights_only=True)["nets"]))
     train(monkeypatch, "--eval", str(straight / "checkpoint.pt"), "--eval-weights", "raw", "--smoke", "--out-dir", str(tmp_path))
@@ -271,7 +271,7 @@ def test_the_recipe_is_a_set_of_defaults():
     assert shared.parse_config(alae.Config, []) == alae.Config()
 
 
-def test_a_decay_fixes_the_length(tmp_path, monkeypatch, capsys):
+def test_a_decay_fixes_the_length(bare, tmp_path, monkeypatch, capsys):
     train(monkeypatch, "--smoke", "--epochs", "1", "--decay", "0.5", "--out-dir", str(tmp_path), "--run-name", "d")
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, "--resume", str(tmp_path / "train_fc_alae/d/checkpoint.pt"), "--epochs", "2")

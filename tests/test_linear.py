@@ -232,8 +232,8 @@ def test_the_critics_best_answer_turns_G_back_to_pca():
 
 @pytest.mark.parametrize("file, more", (("linear_alae.py", ["--steps", "4000", "--gamma", "0.1"]), ("linear_latent_regressor.py", []),
                                         ("linear_latent_regressor.py", ["--joint"])))
-def test_each_finds_pca_on_toy_data(file, more, command, tmp_path):
-    done = command(f"step1_linear/{file}", "--dataset", "sine_sheet", "--k", "2", "--batch-size", "200", "--run-name", "toy", *more)
+def test_each_finds_pca_on_toy_data(file, more, here, tmp_path):
+    done = here(f"step1_linear/{file}", "--dataset", "sine_sheet", "--k", "2", "--batch-size", "200", "--run-name", "toy", *more)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs" / file[:-3] / "toy/summary.json").read_text())
     assert 1 <= summary["eval/ratio"] < 1.05 and summary["eval/angle_G"] < 0.1 and summary["eval/angle_E"] < 0.1
@@ -243,8 +243,8 @@ def test_each_finds_pca_on_toy_data(file, more, command, tmp_path):
     assert 0.5 < variances[0] and variances[1] < 2.5, "E whitens the data, up to R1"
 
 
-def test_the_students_setting_does_not(command, tmp_path):
-    done = command("step1_linear/linear_alae.py", "--dataset", "sine_sheet", "--k", "2", "--setup", "seed", "--steps", "2500",
+def test_the_students_setting_does_not(here, tmp_path):
+    done = here("step1_linear/linear_alae.py", "--dataset", "sine_sheet", "--k", "2", "--setup", "seed", "--steps", "2500",
                    "--lr", "0.003", "--run-name", "toy")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/linear_alae/toy"
@@ -281,8 +281,8 @@ def test_ctrl_c_saves_and_resumes(module, tmp_path, monkeypatch, capsys):
     assert len(found[1]["run"]["rows"]) == len(found[0]["run"]["rows"])
 
 
-def test_ablation_is_a_table_of_its_own(command, tmp_path):
-    done = command("step1_linear/linear_alae.py", "--smoke", "--ablate", "--run-name", "a")
+def test_ablation_is_a_table_of_its_own(here, tmp_path):
+    done = here("step1_linear/linear_alae.py", "--smoke", "--ablate", "--run-name", "a")
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs/linear_alae/a/summary.json").read_text())
     assert all(summary[f"{name}/seed 0"] > 1 for name in alae.ABLATIONS)

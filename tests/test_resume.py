@@ -22,11 +22,9 @@ FILES = {module.__name__: module for module in (
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_ctrl_c_in_an_epoch_saves_and_resumes(name, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_in_an_epoch_saves_and_resumes(name, bare, tmp_path, monkeypatch, capsys):
     module, tick = FILES[name], shared.Run.tick
     extra = ["--smoke", "--epochs", "2", "--batch-size", "128", "--out-dir", str(tmp_path)]
-    monkeypatch.setattr(shared, "accuracies", lambda *_, **__: {})  # these two only cost time here
-    monkeypatch.setattr(shared.Run, "picture", lambda *_: None)
     train_here(monkeypatch, module, *extra, "--run-name", "straight")
     folder = tmp_path / name / "stopped"
 

@@ -185,8 +185,8 @@ def test_mode_coverage_counts_digits(monkeypatch):
     assert row["eval/digit_kl"] == pytest.approx(-torch.log((y == 4).double().mean()).item(), abs=0.1)
 
 
-def test_comparison(command, tmp_path):
-    done = command("step2_gan/gan_mnist.py", "--compare", "--smoke", "--epochs", "1", "--run-name", "c")
+def test_comparison(here, tmp_path):
+    done = here("step2_gan/gan_mnist.py", "--compare", "--smoke", "--epochs", "1", "--run-name", "c")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/gan_mnist/c"
     summary = json.loads((folder / "summary.json").read_text())
