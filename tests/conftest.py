@@ -33,7 +33,8 @@ def command(tmp_path):
 @pytest.fixture
 def here(tmp_path, monkeypatch, capsys):
     """As `command`, but in this process, which spares the imports."""
-    precision = torch.get_float32_matmul_precision()
+    precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
 
     def run(file, *args):
         for key, value in ENVIRONMENT.items():
@@ -50,7 +51,7 @@ def here(tmp_path, monkeypatch, capsys):
         said = capsys.readouterr()
         return subprocess.CompletedProcess(args, code, said.out, said.err)
     yield run
-    torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision(precision), torch.set_default_dtype(dtype)
 
 
 @pytest.fixture
