@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,15 +20,20 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.starts
 FC_ALAE = "step3_official_alae/train_fc_alae.py"
 
 
+def launch(tmp_path, file, *args, cwd=ROOT, **environment):
+    """Runs a file of the repo as a user does, with runs in tmp_path/runs; returns the finished process."""
+    return subprocess.run([sys.executable, str(ROOT / file), *with_out_dir(tmp_path, file, args)], cwd=cwd, text=True,
+                          env=ENVIRONMENT | environment, capture_output=True, timeout=300)
+
+
+def with_out_dir(tmp_path, file, args):
+    own = "--out-dir" in args or "--resume" in args or file.startswith("results")
+    return [*map(str, args), *([] if own else ["--out-dir", str(tmp_path / "runs")])]
+
+
 @pytest.fixture
 def command(tmp_path):
-    """Runs a file of the repo as a user does, with runs in tmp_path/runs; returns the finished process."""
-    def run(file, *args, cwd=ROOT, **environment):
-        own = "--out-dir" in args or "--resume" in args or file.startswith("results")
-        extra = [] if own else ["--out-dir", str(tmp_path / "runs")]
-        return subprocess.run([sys.executable, str(ROOT / file), *map(str, args), *extra], cwd=cwd, text=True,
-                              env=ENVIRONMENT | environment, capture_output=True, timeout=300)
-    return run
+    return partial(launch, tmp_path)
 
 
 @pytest.fixture
@@ -39,9 +45,7 @@ def here(tmp_path, monkeypatch, capsys):
     def run(file, *args):
         for key, value in ENVIRONMENT.items():
             monkeypatch.setenv(key, value)
-        own = "--out-dir" in args or "--resume" in args or file.startswith("results")
-        extra = [] if own else ["--out-dir", str(tmp_path / "runs")]
-        monkeypatch.setattr(sys, "argv", [str(ROOT / file), *map(str, args), *extra])
+        monkeypatch.setattr(sys, "argv", [str(ROOT / file), *with_out_dir(tmp_path, file, args)])
         code = 0
         try:
             with signals_kept():

@@ -4,13 +4,14 @@ import importlib
 import json
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from conftest import FC_ALAE, ROOT, train_here
+from conftest import FC_ALAE, ROOT, launch, train_here
 
 EXPERIMENTS = sorted(str(path.relative_to(ROOT)) for folder in ("step1_linear", "step2_gan", "step3_official_alae", "baselines")
                      for path in (ROOT / folder).glob("*.py") if path.stem != "paper_table")  # it drives these: test_paper_table
@@ -30,9 +31,21 @@ OF_ITS_OWN = {FC_ALAE: EVALUATION} | {
     for key in ("mse_train", "mse_test", "orthonormality", "knn_acc_short", "svm_acc_short", "mlp_acc_short")}}
 
 
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """Runs each file once, two at a time; returns the folder and for each file the finished process."""
+    tmp_path = tmp_path_factory.mktemp("smoke")
+
+    def run(file):
+        fewer = ["--epochs", "1"] if "equalized" in file else []  # it trains in four ways
+        return launch(tmp_path, file, "--smoke", "--run-name", "smoke", *fewer, OMP_NUM_THREADS="1")
+    with ThreadPoolExecutor(2) as pool:
+        return tmp_path, dict(zip(EXPERIMENTS, pool.map(run, EXPERIMENTS)))
+
+
 @pytest.mark.parametrize("file", EXPERIMENTS)
-def test_smoke(file, here, tmp_path):
-    done = here(file, "--smoke", "--run-name", "smoke", *(["--epochs", "1"] if "equalized" in file else []))  # four trainings
+def test_smoke(file, smoke):
+    tmp_path, done = smoke[0], smoke[1][file]
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / file.split("/")[1].removesuffix(".py") / "smoke"
     summary = json.loads((folder / "summary.json").read_text())
