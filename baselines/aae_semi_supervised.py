@@ -16,9 +16,9 @@ which is surest to belong to it, and the error counts every test image whose clu
     python baselines/aae_semi_supervised.py --labels 0          # all of them
     python baselines/aae_semi_supervised.py --cluster 30        # none
 
-Result to expect (test images, one core of an AMD EPYC, 15 epochs, 6 to 9 minutes; README has the table): 1000 labels, seeds 0
-to 2: error 2.77 ± 0.15 %; 100 labels: 5.0, 4.4 and 7.3 %. All labels (10 epochs, seed 0): 1.2 %; 30 clusters (seed 0): 34 %, with
-half of the clusters empty. Paper: 1.60, 1.90, 0.85 and 4.10 %, after thousands of epochs.
+Result to expect (test images, one slow shared core of an AMD EPYC, 20 epochs, 24 to 34 minutes; README has the table): error
+3.44 ± 0.21 % with 100 labels, 2.34 ± 0.15 % with 1000, seeds 0 to 2. With seed 0, 10 epochs: 1.20 % with all labels; 27.8 % with
+30 clusters, a third of them empty. Paper: 1.90, 1.60, 0.85 and 4.10 %, after thousands of epochs.
 
 Deviations from the paper (whose appendix with the details could not be read again):
  1. Adam, β₁ = 0.5 as in seed 004, instead of SGD with momentum; and learning rates that fall linearly to 0 over the second
