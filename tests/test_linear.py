@@ -230,7 +230,7 @@ def test_the_critics_best_answer_turns_G_back_to_pca():
     assert -G.grad[1, 0].item() == pytest.approx(-eps / (8 * gamma) * (3 - 1) / (3 + 1), rel=1e-2)
 
 
-@pytest.mark.parametrize("file, more", (("linear_alae.py", ["--steps", "4000", "--gamma", "0.1"]), ("linear_latent_regressor.py", []),
+@pytest.mark.parametrize("file, more", (("linear_alae.py", ["--steps", "2000", "--gamma", "0.1"]), ("linear_latent_regressor.py", []),
                                         ("linear_latent_regressor.py", ["--joint"])))
 def test_each_finds_pca_on_toy_data(file, more, here, tmp_path):
     done = here(f"step1_linear/{file}", "--dataset", "sine_sheet", "--k", "2", "--batch-size", "200", "--run-name", "toy", *more)
