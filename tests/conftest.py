@@ -60,13 +60,13 @@ def here(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def unpictured(monkeypatch):
-    """Training without pictures, which take most of a short run's time."""
+    """Training without pictures, a good part of a short run's time."""
     monkeypatch.setattr(shared.Run, "picture", lambda *_: None)
 
 
 @pytest.fixture
 def bare(unpictured, monkeypatch):
-    """Training without pictures and the accuracies, which take the rest."""
+    """Training without pictures and accuracies."""
     monkeypatch.setattr(shared, "accuracies", lambda *_, **__: {})
 
 
