@@ -1,469 +1,701 @@
-"""What every experiment shares and no paper owns: options, data, a run's files, pictures, and the instruments that
-measure all methods alike. Networks, losses, optimizers and update orders stay in the experiments."""
-import argparse, csv, ctypes, inspect, io, json, os, platform, re, shlex, signal, subprocess, sys, time, uuid  # noqa: E401
+"""What every experiment shares and no paper owns: options, data, a run's folder, metrics, pictures.
+
+Networks, losses, optimizers, schedules and the order of updates stay in the experiments.
+"""
+
+import argparse
+import csv
+import ctypes
+import inspect
+import json
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import uuid
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
+
+# Idle OpenMP threads spin and starve what else runs here: let them sleep sooner. OpenMP reads this
+# when torch is loaded. Times: results/waiting_threads.md.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "3000"
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.functional import cross_entropy, interpolate, one_hot, pad
-try:
-    from tqdm import tqdm
-except ImportError:  # a plain line now and then will do
-    tqdm = None
+from torchvision import datasets
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
+DATASETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 TOYS = ("swiss_roll", "sine_sheet")
-FREE_ON_RESUME = {"resume", "epochs", "device", "data_dir", "wandb", "eval_every", "eval_weights"}  # all else must agree
-FREE_ON_EVAL = {"eval", "resume", "device", "data_dir", "dataset", "split", "out_dir", "run_name", "wandb", "smoke", "matmul"}
-NO_SETTING = FREE_ON_RESUME - {"eval_weights"} | {"seed", "dataset", "split", "out_dir", "run_name", "matmul", "references"}
+OF_THE_MACHINE = {"device", "data_dir", "out_dir", "run_name", "wandb", "resume", "eval"}
+MAY_CHANGE = {
+    "resume": {"resume", "epochs", "device", "data_dir", "wandb"},
+    "eval": OF_THE_MACHINE | {"dataset", "split", "smoke", "eval_weights"},
+}
+NO_SETTING = OF_THE_MACHINE | {"epochs", "eval_every", "seed", "dataset", "split"}
+
 
 def fail(message, code=2):
-    """One clear line on stderr and exit code 2: for all that a user can get wrong."""
+    """One clear line on stderr and an exit code: for all that a user can get wrong."""
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(code)
 
-def option(default, help, choices=None, low=None, high=1e300):  # a dataclass field; the bounds are inclusive
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+
+# Options
+
+
+def option(default, help, choices=None, low=None):
+    """A dataclass field that becomes a command-line option; low: its least value."""
+    kind = type(default)
+
+    def parse(word):
+        value = kind(word)
+        if low is not None and not low <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"{word}: must be at least {low}, and finite")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says 'invalid int value'
+    how = {"type": parse, "choices": choices}
+    if kind is bool:
+        how = {"action": argparse.BooleanOptionalAction}
+    how["help"] = f"{help} (default: {default})".replace("%", "%%").replace(" (default: )", "")
+    return field(default=default, metadata=how)
+
 
 @dataclass
 class Protocol:
     """The options that all experiments have in common; each Config adds its own."""
-    seed: int = option(0, "seed of the initial weights, the shuffling and z", low=0, high=2 ** 32 - 1)
-    device: str = option("auto", "auto takes cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
-    data_dir: str = option("", "folder of the datasets, laid out as torchvision does (default: this repository's data)")
-    dataset: str = option("mnist", "mnist, fashion_mnist, cifar10, celeba or folder:PATH (your own pictures)")
-    split: str = option("dw", "test on dw: the official images; sw: a sixth of the training images; val: another sixth, "
-                        "to choose hyperparameters", ("dw", "sw", "val"))
-    out_dir: str = option(os.path.relpath(ROOT / "runs"), "a run is written to OUT_DIR/<experiment>/<run-name>")
+
+    seed: int = option(0, "seed of the initial weights, the shuffling and z", low=0)
+    device: str = option("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
+    dataset: str = option("mnist", f"{', '.join(DATASETS)} or folder:PATH, your own pictures")
+    data_dir: str = option("", "folder of the datasets, as torchvision has it (default: data/)")
+    split: str = option("dw", "the test images: see shared.load_data", ("dw", "sw", "val"))
+    out_dir: str = option("runs", "a run is written to OUT_DIR/<experiment>/<run-name>")
     run_name: str = option("", "name of the run (default: time and seed)")
-    wandb: bool = option(False, "mirror the run to Weights & Biases (WANDB_MODE=offline works too)")
-    smoke: bool = option(False, "a tiny subset and a few steps through the whole path, in seconds")
-    matmul: str = option("auto", "fp32 products; auto: medium if as exact, else highest", ("auto", "highest", "medium"))
-    recipes = {}  # no field: {(field, value): {other field: its default then}}; a value's end, from a colon on, is ignored
+    eval_every: int = option(5, "epochs between cheap evaluations, and pictures", low=1)
+    resume: str = option("", "checkpoint.pt to go on from")
+    eval: str = option("", "model.pt or checkpoint.pt to evaluate and draw, without training")
+    wandb: bool = option(False, "mirror the run to Weights & Biases")
+    smoke: bool = option(False, "a tiny subset through the whole path, in seconds")
 
-    @classmethod
-    def defaults(cls, chosen):
-        return {k: v for (key, value), fields in cls.recipes.items() if str(chosen.get(key)).split(":")[0] == str(value)
-                for k, v in fields.items()}
 
-def parse_config(Config, argv=None):
-    """Command line → Config; the defaults are --resume's, else those of Config.recipes. Bad input: one line, exit 2."""
-    parser = argparse.ArgumentParser(None, None, sys.modules[Config.__module__].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_config(Config, presets=None, argv=None):
+    """Command line → Config; bad input: one line, exit code 2.
+
+    --preset replaces the defaults by presets[name], a dict; --resume and --eval by the config in
+    their file. Options are spelled with hyphens or, as sweeps write them, with underscores.
+    """
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.description = sys.modules[Config.__module__].__doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = fail
-    flags = {f.name: "--" + f.name.replace("_", "-") for f in fields(Config)}
     for f in fields(Config):
-        text = (f.metadata["help"] + f" (default: {f.default})" * (f.default != "")).replace("%", "%%")
-        first = f.default[0] if (several := isinstance(f.default, tuple)) else f.default
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(first, bool) else {
-            "type": (lambda d: d and os.path.abspath(d)) if f.name == "data_dir" else type(first), "choices": f.metadata["choices"],
-            "metavar": "|".join(f.metadata["choices"] or [f.name.upper()]), "nargs": "+" if several else None}
-        parser.add_argument(flags[f.name], default=argparse.SUPPRESS, help=text, **kind)
-    given = {key: tuple(v) if isinstance(v, list) else v for key, v in vars(parser.parse_args(argv)).items()}
-    if path := given.get("resume") or given.get("eval"):
-        saved, file = (load_checkpoint(path, Config)[key] for key in ("config", "file"))
-        model, free = file != "checkpoint.pt", FREE_ON_RESUME
-        if given.get("resume"):
-            model and fail(f"{path} holds a trained model, not the checkpoint of a run")
-        else:  # --eval: of a model all that it was trained with stays
-            free = FREE_ON_EVAL | (set() if model else {"eval_weights"})
-            saved = {key: v for key, v in saved.items() if key not in FREE_ON_EVAL - {"dataset", "split"}}
-        for key in (key for key in given.keys() - free if given[key] not in (saved[key], "auto")):
-            fail(f"{path} was trained with {flags[key]} {saved[key]}, not {given[key]}")
-        given = saved | {key: v for key, v in given.items() if key in free or v != "auto"}
-    given = Config.defaults(given) | given
-    for f, low, high in ((f, f.metadata["low"], f.metadata["high"]) for f in fields(Config)):
-        for value in np.atleast_1d(given.get(f.name, f.default)) if low is not None else ():
-            low <= value <= high or fail(f"{flags[f.name]} {value}: must be at least {low}" + f", at most {high}" * (high < 1e300))
-    return Config(**given)
+        parser.add_argument(f"--{f.name.replace('_', '-')}", **f.metadata)
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in argv]
+    given = vars(parser.parse_args(argv))
+    defaults = (presets or {}).get(given.get("preset", getattr(Config, "preset", "")), {})
+    for how, free in MAY_CHANGE.items():
+        if given.get(how):
+            defaults = load_checkpoint(given[how], Config)["config"]
+            if defaults.get("decay"):  # the learning rate falls towards the last epoch
+                free = free - {"epochs"}
+            for name in sorted(given.keys() - free):
+                fail(f"--{name}: leave it out, {given[how]} has {defaults[name]}")
+    if given.get("eval"):
+        defaults = {name: defaults[name] for name in defaults.keys() - OF_THE_MACHINE}
+    return Config(**(defaults | given))
 
-def probe_matmul(device):
-    """'medium' where it keeps fp32 accuracy (CPUs where it only picks another library), 'highest' where it rounds."""
-    a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
-    torch.set_float32_matmul_precision("medium")
-    product, exact = (a.to(device) @ b.to(device)).cpu().double(), a.double() @ b.double()
-    return "medium" if (product - exact).norm() < 2e-6 * exact.norm() else "highest"
+
+def load_checkpoint(path, Config):
+    """A model.pt or checkpoint.pt of Config's experiment, on the CPU."""
+    ours = Path(inspect.getfile(Config)).stem
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        experiment, names = checkpoint["experiment"], checkpoint["config"].keys()
+    except Exception as error:  # torch.load raises many kinds for a file that is none of its own
+        fail(f"{path}: no checkpoint that can be read ({type(error).__name__})")
+    if experiment != ours or names != {f.name for f in fields(Config)}:
+        fail(f"{path} is a checkpoint of {experiment}, not of this version of {ours}")
+    return checkpoint
+
+
+# The machine
+
 
 def setup(config):
-    """Seeds, resolves --matmul auto in the config, makes a CPU fast; returns the torch.device."""
-    torch.manual_seed(config.seed)  # of all devices; nothing here draws from numpy's or Python's global generators
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(kind for kind in have if have[kind]) if config.device == "auto" else config.device
-    device = torch.device(name) if have[name] else fail(f"--device {name}: there is no such device here")
-    if platform.libc_ver()[0] == "glibc":  # keep freed tensors in the process: no page faults in the inner loop
-        ctypes.CDLL(None).mallopt(-3, 1 << 30), ctypes.CDLL(None).mallopt(-1, 1 << 30)  # M_MMAP_, M_TRIM_THRESHOLD
-    config.matmul = probe_matmul(device) if config.matmul == "auto" else config.matmul
-    torch.set_float32_matmul_precision(config.matmul)
+    """Seeds PyTorch, makes a CPU fast, shortens a smoke run; returns the torch.device."""
+    torch.manual_seed(config.seed)
+    device = torch.device("cpu")
+    if config.device != "cpu" and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+    if config.device not in ("auto", device.type):
+        fail(f"--device {config.device}: there is no such device here")
+    if config.smoke and hasattr(config, "epochs"):
+        config.epochs, config.eval_every = min(config.epochs, 2), 1
+    if config.smoke and hasattr(config, "steps"):
+        config.steps, config.eval_every = min(config.steps, 60), 20
+    if platform.libc_ver()[0] == "glibc":  # keeps freed tensors: no page faults in the inner loop
+        for threshold in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(threshold, 1 << 30)
+    torch.set_float32_matmul_precision(fastest_exact_matmul(device))
     return device
 
-def load_images(name, data_dir="", split="dw", device="cpu", size=None, limit=None):
-    """x_train, y_train, x_test, y_test: images (N, C, H, W) in [0, 1] and labels (N,), or None, on the device.
-    split: sw holds out a sixth of the training images, val another sixth, always the same; a folder's dw is its sw.
-    size: of the square images (default: their own, or 64). limit: so many training images, half as many for test."""
-    from torchvision import datasets
-    classes = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "celeba": "CelebA"}
-    cls, folder = getattr(datasets, classes.get(name, ""), None), Path(data_dir or ROOT / "data")
+
+def fastest_exact_matmul(device):
+    """'medium' where it keeps fp32 accuracy (CPUs on which it only picks another library)."""
+    a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
+    exact = a.double() @ b.double()
+    torch.set_float32_matmul_precision("medium")
+    error = (a.to(device) @ b.to(device)).cpu().double() - exact
+    return "medium" if error.norm() < 2e-6 * exact.norm() else "highest"
+
+
+def hardware(device):
+    """The GPU's name; or the processor's family, model and name, its cores and the threads used."""
+    cpu, pattern = Path("/proc/cpuinfo"), r"^(?:cpu family|model|model name)\s*: (.*)"
+    names = (
+        re.findall(pattern, cpu.read_text(), re.M)[:3] if cpu.exists() else [platform.processor()]
+    )
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{' '.join(names)}, {threads}"
+    )
+
+
+# Data
+
+
+class Data(NamedTuple):
+    """Images as vectors in [0, 1] on the device, and labels, or None where there are none."""
+
+    name: str
+    x_train: torch.Tensor  # (N, X)
+    y_train: torch.Tensor  # (N,)
+    x_test: torch.Tensor  # (M, X)
+    y_test: torch.Tensor  # (M,)
+    shape: torch.Size  # (C, H, W) with X = C H W
+
+    def images(self, x):
+        """x (n, X) → (n, C, H, W)."""
+        return x.unflatten(1, self.shape)
+
+
+def load_data(config, device, size=64, toys=False):
+    """Data of config.dataset and config.split.
+
+    dw tests on the official test images, sw on a sixth of the training images, val on another
+    sixth, to choose hyperparameters; always the same ones. A folder's dw is its sw.
+    size: of photographs, which are cropped and resized. toys: points in 3-D are welcome, too.
+    """
+    name, limit = config.dataset, 2000 if config.smoke else None
+    if toys and name in TOYS:
+        points = load_toy(name).to(device)
+        return Data(name, points[:4000], None, points[4000:], None, None)
     if name.startswith("folder:"):
-        folder = Path(name.removeprefix("folder:")).expanduser()
-        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif"))
-        if len(paths) < 6:
-            fail(f"--dataset {name}: " + (f"only {len(paths)} pictures there" if folder.is_dir() else "no such folder"))
-        parts = [(read_pictures(paths[:limit], size or 64), None)]
-    elif not cls:
-        fail(f"--dataset {name}: unknown; choose {', '.join(classes)} or folder:PATH")
+        x = read_pictures(Path(name.removeprefix("folder:")).expanduser(), size, limit)
+        y, x_test, y_test = torch.zeros(len(x)), None, None
+    elif name in DATASETS:
+        (x, y), (x_test, y_test) = load_archives(name, config.data_dir)
     else:
-        for file, md5 in ((folder / cls.__name__ / "raw" / file, md5) for file, md5 in getattr(cls, "resources", [])):
-            if file.exists() and not datasets.utils.check_integrity(file, md5):
-                fail(f"{file} is corrupt (wrong MD5): delete it and run again to fetch it anew")
-        for last in (False, True):
-            try:
-                parts = [cls(folder, p, download=True) for p in (("train", "test") if name == "celeba" else (True, False))]
-                break
-            except Exception as error:  # torchvision raises many kinds: no network, no permission, a damaged file
-                last and fail(f"{name} is not in {folder} and could not be fetched, or is damaged there ({error})")
-                time.sleep(2)  # another run may just be unpacking it
-        parts = [(read_pictures([folder / "celeba/img_align_celeba" / f for f in p.filename[:limit]], size or 64), None)
-                 if name == "celeba" else (torch.as_tensor(p.data), torch.as_tensor(p.targets)) for p in parts]
+        fail(f"--dataset {name}: unknown; choose {', '.join(DATASETS)} or folder:PATH")
 
-    if split != "dw" or len(parts) == 1:
-        (x, y), n = parts[0], len(parts[0][0]) // 6  # val never sees the test images of sw:
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[n if split == "val" else 0:]
-        parts = [(x[i], None if y is None else y[i]) for i in (order[n:], order[:n])]
-    result = []
-    for (x, y), n in zip(parts, (limit, limit and limit // 2)):
-        x = x[:n].reshape(*x[:n].shape[:3], -1).permute(0, 3, 1, 2).to(device).float().div_(255).contiguous()
-        x = interpolate(x, (size, size), mode="bilinear", antialias=True) if size and size != x.shape[-1] else x
-        result += [x, None if y is None else y[:n].to(device)]
-    return result
+    if config.split != "dw" or x_test is None:
+        n = len(x) // 6
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        if config.split == "val":
+            order = order[n:]  # without the test images of sw
+        x_test, y_test = x[order[:n]], y[order[:n]]
+        x, y = x[order[n:]], y[order[n:]]
+    if config.smoke:
+        x, y = x[:limit], y[:limit]
+        x_test, y_test = x_test[: limit // 2], y_test[: limit // 2]
+    x, x_test = to_images(x, device), to_images(x_test, device)
+    data = Data(name, x.flatten(1), y.to(device), x_test.flatten(1), y_test.to(device), x.shape[1:])
+    return data._replace(y_train=None, y_test=None) if name.startswith("folder:") else data
 
-def load_vectors(config, device, toys=True, size=None):
-    """x_train (N, d), y_train, x_test, y_test and the shape of an image; the toys, for linear maps, have no labels.
-    size: of photographs, which have none of their own (celeba, folder)."""
-    if not toys or config.dataset not in TOYS:
-        size = size if config.dataset.startswith(("celeba", "folder:")) else None
-        x, y, u, v = load_images(config.dataset, config.data_dir, config.split, device, size, 2000 * config.smoke or None)
-        return x.flatten(1), y, u.flatten(1), v, x.shape[1:]
-    rng, roll = np.random.default_rng(0), config.dataset == "swiss_roll"
-    u, v = rng.uniform(size=(2, 5000))
-    t = np.pi * (1.5 + 3 * u if roll else 4 * u - 2)
-    points = [t * np.cos(t), 21 * v, t * np.sin(t)] if roll else [t, 6 * v, np.sin(t)]
-    x = torch.tensor(np.stack(points, 1) + rng.normal(0, 0.1, (5000, 3))).float().to(device)
-    return x[:4000], None, x[4000:], None, None
 
-def read_pictures(paths, size):
-    """Decode, crop to the central square and resize: uint8 (N, size, size, 3), or (…, 1) if all are grey."""
-    from PIL import Image, ImageOps
+def to_images(x, device):
+    """uint8 (N, H, W[, C]) → (N, C, H, W) in [0, 1]."""
+    x = x.reshape(*x.shape[:3], -1).permute(0, 3, 1, 2)
+    return x.to(device).float().div_(255).contiguous()
+
+
+def load_archives(name, data_dir):
+    """Training and test images of a dataset, uint8, with labels; torchvision fetches them."""
+    cls, folder = getattr(datasets, DATASETS[name]), Path(data_dir or ROOT / "data")
+    try:
+        parts = [cls(folder, train, download=True) for train in (True, False)]
+    except Exception as error:  # no network, no permission, a wrong MD5: many kinds
+        fail(f"{name} is not in {folder} and could not be fetched, or is damaged: {error}")
+    return [(torch.as_tensor(part.data), torch.as_tensor(part.targets)) for part in parts]
+
+
+def read_pictures(folder, size, limit):
+    """Central squares of a folder's pictures: uint8 (N, size, size, 3), or (…, 1) if all grey."""
+    paths = sorted(path for path in folder.rglob("*.*") if path.suffix.lower() in PICTURES)
+    if len(paths) < 6:
+        fail(f"--dataset folder:{folder}: only {len(paths)} pictures there")
     pictures = []
-    for path in tqdm(paths, "reading pictures", leave=False, delay=1) if tqdm else paths:
+    for path in tqdm(paths[:limit], "reading pictures", leave=False, delay=1):
         try:
-            pictures.append(np.asarray(ImageOps.fit(Image.open(path).convert("RGB"), (size, size), Image.LANCZOS)))
+            image = ImageOps.fit(Image.open(path).convert("RGB"), (size, size), Image.LANCZOS)
         except Exception as error:  # PIL raises many kinds
             fail(f"{path}: not a readable picture ({error})")
+        pictures.append(np.asarray(image))
     x = torch.from_numpy(np.stack(pictures))
     return x[..., :1] if (x == x[..., :1]).all() else x
 
-def batches(n, size, generator, skip=0):
-    """Indices of one epoch's shuffled batches on the generator's device; the last, partial batch is dropped."""
-    yield from torch.randperm(n, device=generator.device, generator=generator)[:n - n % size].view(-1, size)[skip:]
 
-def in_chunks(function, x, size=2000):
-    """function(x), computed chunk by chunk without gradients."""
-    with torch.no_grad():
-        return torch.cat([function(part) for part in x.split(size)])
+def load_toy(name):
+    """Points (5000, 3) of step 1: a Swiss roll or a sine-shaped sheet, with noise of 0.1."""
+    rng = np.random.default_rng(0)
+    u, v = rng.uniform(size=(2, 5000))
+    t = np.pi * (1.5 + 3 * u if name == "swiss_roll" else 4 * u - 2)
+    roll, sheet = [t * np.cos(t), 21 * v, t * np.sin(t)], [t, 6 * v, np.sin(t)]
+    points = np.stack(roll if name == "swiss_roll" else sheet, 1)
+    return torch.tensor(points + rng.normal(0, 0.1, (5000, 3))).float()
 
-def write(path, save):
-    """save(temporary name), renamed onto `path` only if all went well; a dict is written as JSON."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save(temporary) if callable(save) else temporary.write_text(json.dumps(save, indent=1) + "\n")
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # the latter from torch.save
-        fail(f"cannot write {path}: {error}")
-    finally:
-        temporary.unlink(missing_ok=True)
 
-def load_checkpoint(path, Config):
-    """What Run.save wrote, on the CPU; exit 2 unless it is that, of Config's experiment and with its fields."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        of, has, _ = checkpoint["experiment"], checkpoint["config"].keys(), checkpoint["file"]
-    except Exception as error:  # torch.load raises many kinds for a file that is none of its own
-        fail(f"{path}: " + ("no such file" if isinstance(error, FileNotFoundError) else "no checkpoint, or a damaged one"))
-    if (of, has) != (experiment := Path(inspect.getfile(Config)).stem, {f.name for f in fields(Config)}):
-        fail(f"{path} is a checkpoint of {of}" + (f", not of {experiment}" if of != experiment else "'s other version"))
-    return checkpoint
+def batches(x, batch_size, seed, epoch):
+    """An epoch's shuffled batches of indices (steps, batch_size), the last partial one left out."""
+    generator = torch.Generator(x.device).manual_seed(1_000_003 * seed + epoch)
+    order = torch.randperm(len(x), device=x.device, generator=generator)
+    return order[: len(x) - len(x) % batch_size].view(-1, batch_size)
+
+
+def step_batches(x, config, end):
+    """The same by steps: (step, indices) from the last multiple of eval_every to the step `end`."""
+    per_epoch = len(x) // config.batch_size
+    first = (end - 1) // config.eval_every * config.eval_every
+    for step in range(first, end):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0 or step == first:
+            order = batches(x, config.batch_size, config.seed, epoch)
+        yield step + 1, order[place]
+
+
+@torch.no_grad()
+def chunked(function, x, size=2000):
+    """function(x), computed in chunks of rows without gradients."""
+    return torch.cat([function(part) for part in x.split(size)])
+
+
+# A run
+
+
+def write_file(path, save):
+    """save(temporary name), renamed onto path when all went well: a kill leaves the old file."""
+    temporary = path.with_name(f".{path.name}")
+    save(temporary)
+    os.replace(temporary, path)
+
 
 class Run:
-    """A run's folder with all its files (see README), progress bar, answer to Ctrl-C and NaN, and mirror in W&B.
-    params: number of trainable parameters; unit: 'epoch' or 'step'. Given a checkpoint, the run goes on in its folder."""
-    done, rows = property(lambda self: self.at["done"]), property(lambda self: self.at["rows"])
+    """The folder of a run, its table of metrics, its pictures, and its mirror in W&B.
 
-    def __init__(self, config, device, params, checkpoint=None, unit="epoch"):
-        file = Path(inspect.getfile(type(config)))
-        self.config, self.unit, self.mark, self.trained, self.stop, self.bar = config, unit, None, [0, 0.0], False, None
-        self.at = {"id": uuid.uuid4().hex[:8], "done": 0, "steps": 0, "images": 0, "wall_s": 0, "rows": [], "commands": []}
-        if checkpoint:
-            self.at, self.dir = checkpoint["run"], Path(config.resume).absolute().parent
-            if self.done > getattr(config, "epochs", self.done):
-                fail(f"--epochs {config.epochs}: {config.resume} has {self.done} already")
-            for restore, state in zip((torch.set_rng_state, torch.cuda.set_rng_state_all), checkpoint["random"]):
-                restore(state)
+    nets: an nn.ModuleDict, those that are evaluated and kept as model.pt. steps: in an epoch.
+    Where config has steps, no epochs, an 'epoch' is a row: eval_every steps, named by its last.
+    """
+
+    def __init__(self, config, device, nets, steps=1):
+        self.config, self.nets, self.steps = config, nets, steps
+        self.unit = "epoch" if hasattr(config, "epochs") else "step"
+        self.total = getattr(config, f"{self.unit}s")
+        self.file = Path(inspect.getfile(type(config)))
+        self.epoch, self.saved, self.bar = 0, {}, None
+        self.history = {"id": uuid.uuid4().hex[:8], "commands": [], "commits": [], "rows": []}
+        self.history |= {"images_seen": 0, "wall_s": 0.0}
+        if steps < 1:
+            fail(f"--batch-size {config.batch_size} is larger than the training data")
+        if config.resume or config.eval:
+            self.saved = load_checkpoint(config.resume or config.eval, type(config))
+            self.epoch = self.saved["epoch"]
+        if config.resume:
+            if "random" not in self.saved or self.epoch > self.total:
+                fail(f"{config.resume} has {self.epoch} {self.unit}s, or is a trained model")
+            self.dir, self.history = Path(config.resume).absolute().parent, self.saved["history"]
         else:
-            name = config.run_name or f"{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}-{self.at['id'][:3]}"
-            self.dir = Path(config.out_dir, file.stem, name)
+            stamp = time.strftime(f"%Y%m%d-%H%M%S-seed{config.seed}-{self.history['id'][:3]}")
+            self.dir = Path(config.out_dir, self.file.stem, config.run_name or stamp)
             try:
-                Path(name).name == name or fail(f"--run-name {name}: a plain name, please")
                 self.dir.mkdir(parents=True)
             except OSError as error:
-                fail(f"{self.dir} exists: choose another --run-name, or go on with it by --resume" if self.dir.is_dir()
-                     else f"cannot write {self.dir}: {error.strerror}")
-        self.at["commands"].append(f"python {file.parent.name}/{file.name} {shlex.join(sys.argv[1:])}".strip())
-        self.born, config.run_name = time.time() - self.at["wall_s"], self.dir.name
-        git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude='*'", shell=True, cwd=ROOT, text=True,
-                             capture_output=True).stdout
-        cpu = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
-        usual = {f.name: f.default for f in fields(config)} | config.defaults(asdict(config))
-        setting = ", ".join(f"{k} {v}" for k, v in asdict(config).items() if v != usual[k] and k not in NO_SETTING)
-        self.facts = {"experiment": file.stem, "run": config.run_name, "dataset": config.dataset, "split": config.split,
-                      "setting": setting, "seed": config.seed, "command": " && ".join(self.at["commands"]),
-                      "hardware": torch.cuda.get_device_name() if device.type == "cuda" else
-                      f"{(cpu or [platform.processor()])[0]}, {torch.get_num_threads()} threads", "params": params,
-                      "torch": torch.__version__, "commit": git[:40].strip(), "dirty": "-dirty" in git}
-        self.wandb = self._start_wandb(file, checkpoint) if config.wandb else None
-        write(self.dir / "config.json", {"config": asdict(config), **self.facts, "id": self.at["id"],
-                                         "python": sys.version, "numpy": np.__version__})
-        self.summarize("running")
-        signal.signal(signal.SIGINT, self._interrupt), signal.signal(signal.SIGTERM, self._interrupt)
+                advice = "choose another --run-name or --out-dir, or go on with it by --resume"
+                fail(f"cannot make {self.dir} ({error.strerror}): {advice}")
+        self.rows = self.history["rows"]
+        config.run_name, self.start = self.dir.name, time.time() - self.history["wall_s"]
+        self.facts = self._facts() | {"hardware": hardware(device), "torch": torch.__version__}
+        self.wandb = self._start_wandb() if config.wandb else None
+        self._write_json("config.json", self.facts | {"config": asdict(config)})
+        self._summarize("running")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt)
 
-    def _start_wandb(self, file, checkpoint):
+    def _facts(self):
+        """Where the numbers come from; each process that takes part adds its command and commit."""
+        config = self.config
+        git = "git describe --always --dirty --abbrev=40 --exclude='*'"  # '' where there is no git
+        told = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True)
+        command = f"python {self.file.parent.name}/{self.file.name} {shlex.join(sys.argv[1:])}"
+        commands, commits = self.history["commands"], self.history["commits"]
+        commands.append(command.strip())
+        commits.append(told.stdout.strip())
+        usual = asdict(type(config)())
+        if getattr(config, "preset", "") != usual.get("preset", ""):
+            usual |= sys.modules[type(config).__module__].PRESETS[config.preset]
+        own = {k: v for k, v in asdict(config).items() if v != usual[k] and k not in NO_SETTING}
+        facts = {"experiment": self.file.stem, "run": self.dir.name}
+        facts |= {"commands": commands, "commits": commits}
+        facts |= {name: getattr(config, name) for name in ("dataset", "split", "seed")}
+        facts["setting"] = ", ".join(f"{name} {value}" for name, value in own.items())
+        facts["matmul"] = torch.get_float32_matmul_precision()
+        return facts | {"params": sum(p.numel() for p in self.nets.parameters())}
+
+    def _start_wandb(self):
+        names = {"project": "alae", "group": self.file.stem, "job_type": self.file.parent.name}
+        names |= {"name": self.dir.name, "id": self.history["id"], "resume": "allow"}
         try:
             import wandb
-            if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
-                raise RuntimeError("nobody is logged in: run 'wandb login' first, or set WANDB_MODE=offline")
-            return wandb.init(project="alae", group=file.stem, job_type=file.parent.name, name=self.dir.name, id=self.at["id"],
-                              resume="allow", tags=[self.config.dataset, self.config.split], config=asdict(self.config))
+
+            online = wandb.setup().settings.mode == "online"
+            if online and not wandb.login(prompt=False, verify=False):
+                raise RuntimeError("run 'wandb login' first, or set WANDB_MODE=offline")
+            tags = [self.config.dataset, self.config.split]
+            return wandb.init(**names, tags=tags, config=asdict(self.config))
         except Exception as error:  # not installed, nobody logged in, no network
-            checkpoint or self.dir.rmdir()
+            if not self.config.resume:
+                self.dir.rmdir()
             fail(f"--wandb: {error}")
 
-    def _mirror(self, function):  # W&B never stops a training: after its first failure it is left alone
+    def _mirror(self, function):
+        """function(the W&B run). W&B never stops a training: once it fails it is left alone."""
         try:
-            self.wandb and function(self.wandb)
+            if self.wandb:
+                function(self.wandb)
         except Exception as error:
-            self.wandb = print(f"W&B failed, training goes on without it: {error}", file=sys.stderr)
+            print(f"W&B failed, training goes on without it: {error}", file=sys.stderr)
+            self.wandb = None
 
-    def _interrupt(self, *_):
-        self.stop = True  # the training loop looks at it after each step
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second time: at once
+    def epochs(self, parts):
+        """The epochs to train; parts: {name: what has a state_dict}, restored from --resume first.
 
-    def tick(self, images, loss, steps):
-        """After each of `steps` training steps: bar, throughput, and now and then the loss, which must be finite."""
-        self.at["images"], self.at["steps"], now = self.at["images"] + images, self.at["steps"] + 1, time.perf_counter()
-        if self.mark:  # the first step after a start or an evaluation is left out
-            self.trained = [self.trained[0] + images, self.trained[1] + now - self.mark]
-        self.mark, n = now, self.at["steps"]
-        if tqdm and not self.bar:
-            self.bar = tqdm(None, self.facts["experiment"], steps, initial=n - 1, mininterval=1 if sys.stderr.isatty() else 30)
-        if n % 50 == 0 and self.bar:
-            self.bar.set_postfix_str(f"loss {self.finite(loss):.4g}", refresh=False)
-            self.bar.update(n - self.bar.n)
-        elif n % 500 == 0:
-            print(f"step {n} of {steps}, loss {self.finite(loss):.4g}", flush=True)
+        With --eval there are none, and the parts, or of a model the nets, are those of that file.
+        """
+        if "random" in self.saved:
+            torch.set_rng_state(self.saved["random"])
+            torch.cuda.set_rng_state_all(self.saved["random_cuda"])
+        elif self.saved:
+            parts = self.nets
+        for name, part in parts.items() if self.saved else ():
+            part.load_state_dict(self.saved[name])
+        if self.config.eval:
+            return
+        every, done = 1 if self.unit == "epoch" else self.config.eval_every, self.epoch
+        how = {"initial": done * self.steps, "mininterval": 1 if sys.stderr.isatty() else 30}
+        self.bar = tqdm(None, self.file.stem, self.total * self.steps, **how)
+        for end in range(done // every * every + every, self.total + every, every):
+            self.epoch, self.sums, self.step_in_epoch = min(end, self.total), {}, 0
+            self.images, self.begin, self.before = (
+                0,
+                time.perf_counter(),
+                (end - every) * self.steps,
+            )
+            yield self.epoch
 
-    def finite(self, loss):
-        return loss if np.isfinite(loss := float(loss)) else self._abort(
-            "diverged", f"the loss became {loss} after {self.unit} {self.done}: stopped", 1)
+    @property
+    def progress(self):
+        """Share of the epochs that is behind us, for schedules."""
+        return (self.epoch - 1 + self.step_in_epoch / self.steps) / self.total
 
-    def _abort(self, status, message, code):
-        self.bar and self.bar.close(), self.summarize(status)
-        self._mirror(lambda w: (w.summary.update(self.summary), w.finish(exit_code=code)))
-        fail(message, code)
+    def step(self, losses, images):
+        """After each training step on so many images: its losses {name: tensor ()}."""
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + loss
+        self.step_in_epoch += 1
+        self.images += images
+        if self.step_in_epoch % 100 == 0:
+            self._mean_losses()
 
-    def log(self, row):
-        """Add a row (the contract's keys, and the unit) to metrics.csv; mirror it in summary.json and W&B."""
-        self.at["done"], self.mark = row[self.unit], None
-        row = row | ({"perf/images_per_s": self.trained[0] / self.trained[1]} if self.trained[1] else {})
-        self.rows.append(row)
-        writer = csv.DictWriter(table := io.StringIO(), dict.fromkeys(key for row in self.rows for key in row))
-        writer.writeheader(), writer.writerows(self.rows)
-        write(self.dir / "metrics.csv", lambda temporary: temporary.write_text(table.getvalue()))
-        self.summarize("running")
-        self._mirror(lambda w: w.log(row, step=self.done))
+    def _mean_losses(self):
+        """The epoch's mean losses so far, the first of them in the bar; stops if one is NaN."""
+        means = {f"train/{k}": float(v) / self.step_in_epoch for k, v in self.sums.items()}
+        for name, mean in means.items():
+            if not np.isfinite(mean):
+                self._end("diverged", f"{name} became {mean} in {self.unit} {self.epoch}", 1)
+        name, mean = next(iter(means.items()))
+        self.bar.set_postfix_str(f"{self.unit} {self.epoch}, {name} {mean:.4g}", refresh=False)
+        self.bar.update(self.before + self.step_in_epoch - self.bar.n)
+        return means
 
-    def summarize(self, status, **metrics):
-        last = {key: value for row in self.rows for key, value in row.items() if key != self.unit}
-        self.summary = self.facts | {f"{self.unit}s": self.done, "images_seen": self.at["images"], "status": status,
-                                     "wall_s": round(time.time() - self.born, 1)} | last | metrics
-        write(self.dir / "summary.json", self.summary)
+    def log_losses(self):
+        """The epoch's mean losses, and images per second, as a new row of metrics.csv."""
+        means = self._mean_losses()
+        self.history["images_seen"] += self.images
+        speed = self.images / (time.perf_counter() - self.begin)
+        self.log(means | {"perf/images_per_s": speed})
+
+    def log(self, metrics):
+        """Adds metrics to this epoch's row, in metrics.csv, summary.json and W&B."""
+        if not self.rows or self.rows[-1][self.unit] != self.epoch:
+            self.rows.append({self.unit: self.epoch})
+        self.rows[-1] |= metrics
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+
+        def save(path):
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, names)
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+        write_file(self.dir / "metrics.csv", save)
+        self._summarize("running")
+        self._mirror(lambda run: run.log(metrics, step=self.epoch))
+
+    def is_due(self):
+        """Whether to evaluate after this epoch; after the last one all is evaluated anyway."""
+        return self.epoch % self.config.eval_every == 0 and self.epoch < self.total
+
+    def save(self, parts, name="checkpoint.pt"):
+        """The parts' states, and what --resume needs to go on bit for bit."""
+        content = {name: part.state_dict() for name, part in parts.items()}
+        content |= {"experiment": self.file.stem, "config": asdict(self.config)}
+        content |= {"epoch": self.epoch, "history": self.history}
+        if name == "checkpoint.pt":
+            content["random"] = torch.get_rng_state()
+            content["random_cuda"] = torch.cuda.get_rng_state_all()
+        write_file(self.dir / name, lambda temporary: torch.save(content, temporary))
+
+    def finish(self, metrics):
+        """model.pt, curves.png, and the final metrics in summary.json and on the screen."""
+        self.log(metrics)
+        if len(self.rows) > 1:
+            self.picture("curves", curves(self.rows, self.unit, self.dir.name))
+        self.save(self.nets, "model.pt")
+        self._end("done")
+        for name, value in self.rows[-1].items():
+            print(f"{name:24s} {value:10.4g}")
+        print(f"{self.dir}: {len(list(self.dir.glob('*.png')))} pictures")
 
     def picture(self, name, figure):
-        """Save a matplotlib figure as <name>.png."""
-        write(path := self.dir / f"{name}.png", lambda t: figure.savefig(t, format="png", dpi=150, bbox_inches="tight"))
-        self._mirror(lambda w: w.log({f"media/{name}": sys.modules["wandb"].Image(str(path))}, step=self.done))
+        """A matplotlib figure as <name>.png."""
+        path = self.dir / f"{name}.png"
+        how = {"format": "png", "dpi": 150, "bbox_inches": "tight"}
+        write_file(path, lambda temporary: figure.savefig(temporary, **how))
+        if self.wandb:
+            image = sys.modules["wandb"].Image(str(path))
+            self._mirror(lambda run: run.log({f"media/{name}": image}, step=self.epoch))
 
-    def animation(self, name, sheets, duration):
-        """Save PIL images as <name>.gif; duration in ms: of all alike, or of each."""
-        write(path := self.dir / f"{name}.gif", lambda temporary: sheets[0].save(
-            temporary, "GIF", save_all=True, append_images=sheets[1:], duration=duration, loop=0))
-        self._mirror(lambda w: w.log({f"media/{name}": sys.modules["wandb"].Video(str(path), format="gif")}, step=self.done))
+    def _write_json(self, name, content):
+        text = json.dumps(content, indent=1) + "\n"
+        write_file(self.dir / name, lambda temporary: temporary.write_text(text))
 
-    def save(self, name, **content):
-        """torch.save of the content, with all that load_checkpoint and a continuation need."""
-        self.at["wall_s"] = time.time() - self.born
-        content |= {"experiment": self.facts["experiment"], "file": name, "config": asdict(self.config), "run": self.at,
-                    "random": [torch.get_rng_state()] + [torch.cuda.get_rng_state_all()] * torch.cuda.is_available()}
-        write(self.dir / name, lambda temporary: torch.save(content, temporary))
+    def _summarize(self, status):
+        self.history["wall_s"] = round(time.time() - self.start, 1)
+        self.summary = self.facts | {f"{self.unit}s": self.epoch, "status": status}
+        self.summary |= {name: self.history[name] for name in ("images_seen", "wall_s")}
+        for row in self.rows:
+            self.summary |= {name: value for name, value in row.items() if name != self.unit}
+        self._write_json("summary.json", self.summary)
 
-    def leave(self, advice="go on with: python {} --resume {}/checkpoint.pt"):
-        """After Ctrl-C, once the checkpoint is saved: say how to go on, and exit."""
-        self._abort("interrupted", "interrupted; " + advice.format(sys.argv[0], self.dir), 130)
+    def _interrupt(self, *_):
+        path = self.dir / "checkpoint.pt"
+        advice = f"go on with: python {sys.argv[0]} --resume {path}"
+        if not path.exists():
+            advice = "nothing was saved yet, start again"
+        self._end("interrupted", advice, 130)
 
-    def finish(self, **metrics):
-        """Add the final metrics to the summary, close the run and print them."""
-        self.bar and self.bar.close(), self.summarize("done", **metrics)
-        self._mirror(lambda w: (w.summary.update(self.summary), w.finish()))
-        print(*(f"{k:24s} {v:10.4g}" for k, v in self.summary.items() if k.startswith(("eval/", "perf/"))), sep="\n")
-        print(f"{self.dir}: {len(list(self.dir.glob('*.png')))} pictures, {self.summary['wall_s']:.0f} s")
+    def _end(self, status, message="", code=0):
+        """The summary's last word; with a message, the program's too."""
+        if self.bar is not None:
+            self.bar.close()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._summarize(status)
+        self._mirror(lambda run: run.summary.update(self.summary))
+        self._mirror(lambda run: run.finish(exit_code=code))
+        if message:
+            fail(f"{status}: {message}", code)
 
-def recon_mse(x, x_hat):
+
+# Metrics
+
+
+def recon_mse(x, x_rec):
     """Mean over images and pixels of (x − x̂)², x̂ clipped to [0, 1]."""
-    return (x - x_hat.clamp(0, 1)).square().mean().item()
+    return (x - x_rec.clamp(0, 1)).square().mean().item()
+
+
+def percent_right(predicted, y):
+    return 100 * (predicted == y).sum().item() / len(y)
+
 
 @torch.no_grad()
 def knn_accuracy(train, y_train, test, y_test):
-    """% right of the nearest neighbour (L2) of each test row (M, d) among the training rows (N, d)."""
-    train, test = train - (centre := train.mean(0)), test - centre  # for the accuracy of ‖a‖² − 2ab
+    """% right of the nearest neighbour (L2) among the training rows (N, d) of each test row."""
+    centre = train.mean(0)  # near the origin ‖a‖² − 2ab loses no digits
+    train, test = train - centre, test - centre
     norms = train.square().sum(1)
-    nearest = in_chunks(lambda part: torch.addmm(norms, part, train.T, alpha=-2).argmin(1), test, 500)
-    return 100 * (y_train[nearest] == y_test).sum().item() / len(y_test)
+
+    def nearest(part):
+        return torch.addmm(norms, part, train.T, alpha=-2).argmin(1)
+
+    return percent_right(y_train[chunked(nearest, test, 500)], y_test)
+
 
 @torch.no_grad()
 def svm_accuracy(train, y_train, test, y_test, C=0.02):
-    """% right of liblinear's LinearSVC: one-vs-rest, min ½‖w‖² + C Σ max(0, 1 − y w·x)², the bias a regularised weight of
-    a constant feature. L-BFGS to the optimum, in v = Lᵀw with LLᵀ = I + 2C XᵀX, the Hessian at 0."""
-    X, X_test = pad(train, (0, 1), value=1.0), pad(test, (0, 1), value=1.0)
+    """% right of liblinear's LinearSVC, one-vs-rest, by L-BFGS to the optimum of
+
+        min_w  ½‖w‖² + C Σ max(0, 1 − y w·x)²,   x with a constant feature for the bias.
+
+    Solved for v = Lᵀw, LLᵀ = I + 2C XᵀX, the Hessian at w = 0.
+    """
+    X, X_test = pad(train, (0, 1), value=1.0), pad(test, (0, 1), value=1.0)  # (N, d + 1)
     Y = 2 * one_hot(y_train).to(X) - 1  # (N, classes)
     L = torch.linalg.cholesky(torch.eye(X.shape[1], device=X.device) + 2 * C * (X.T @ X))
     v = torch.zeros(X.shape[1], Y.shape[1], device=X.device, requires_grad=True)
+
     def loss():
         w = torch.linalg.solve_triangular(L.T, v, upper=True)
         slack = (1 - Y * (X @ w)).clamp_(min=0)
-        v.grad = torch.linalg.solve_triangular(L, w - 2 * C * (X.T @ (Y * slack)), upper=False).contiguous()
+        gradient = w - 2 * C * (X.T @ (Y * slack))
+        v.grad = torch.linalg.solve_triangular(L, gradient, upper=False).contiguous()
         return 0.5 * w.square().sum() + C * slack.square().sum()
-    torch.optim.LBFGS([v], max_iter=200, tolerance_grad=1e-4, tolerance_change=0, line_search_fn="strong_wolfe").step(loss)
-    return 100 * ((X_test @ torch.linalg.solve_triangular(L.T, v, upper=True)).argmax(1) == y_test).sum().item() / len(y_test)
+
+    stop = {"max_iter": 200, "tolerance_grad": 1e-4, "tolerance_change": 0}
+    torch.optim.LBFGS([v], **stop, line_search_fn="strong_wolfe").step(loss)
+    w = torch.linalg.solve_triangular(L.T, v, upper=True)
+    return percent_right((X_test @ w).argmax(1), y_test)
+
 
 def mlp_accuracy(train, y_train, test, y_test, epochs=20, width=128):
-    """% right of an MLP with one hidden layer on standardised features (Adam 1e-3, batch 250; seed 0, always)."""
-    mean, std, generator = train.mean(0), train.std(0) + 1e-6, torch.Generator(train.device).manual_seed(0)
+    """% right of a net with one hidden layer on standardised features; always seed 0."""
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    train, test = (train - mean) / std, (test - mean) / std
+    generator = torch.Generator(train.device).manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # the CPU's alone, where the net begins
-        net = nn.Sequential(nn.Linear(train.shape[1], width), nn.ReLU(), nn.Linear(width, int(y_train.max()) + 1))
-    optimizer = torch.optim.Adam(net.to(train.device).parameters(), fused=True)
-    for i in (i for _ in range(epochs) for i in batches(len(train), min(250, len(train)), generator)):
-        optimizer.zero_grad(), cross_entropy(net((train[i] - mean) / std), y_train[i]).backward(), optimizer.step()
-    return 100 * (net((test - mean) / std).argmax(1) == y_test).sum().item() / len(y_test)
+        classes = int(y_train.max()) + 1
+        net = nn.Sequential(nn.Linear(train.shape[1], width), nn.ReLU(), nn.Linear(width, classes))
+    optimizer, size = torch.optim.Adam(net.to(train).parameters(), fused=True), min(250, len(train))
+    for _ in range(epochs):
+        order = torch.randperm(len(train), device=train.device, generator=generator)
+        for i in order[: len(train) - len(train) % size].view(-1, size):
+            optimizer.zero_grad()
+            cross_entropy(net(train[i]), y_train[i]).backward()
+            optimizer.step()
+    return percent_right(chunked(net, test).argmax(1), y_test)
 
-def accuracies(kind, *features, prefix="eval"):
-    """The contract's accuracies; features: train (N, d), y_train, test (M, d), y_test; kind: short, or long (no MLP)."""
-    len(features[1].unique()) > 1 or fail("all labels are the same: there is nothing to classify")
-    methods = {"knn": knn_accuracy, "svm": svm_accuracy} | ({"mlp": mlp_accuracy} if kind == "short" else {})
-    return {f"{prefix}/{name}_acc_{kind}": method(*features) for name, method in methods.items()}
 
-def evaluate(config, data, maps, full, prefix="eval"):
-    """The contract's metrics, or those of pictures and 1-NN on short features. data: x (N, X) in [0, 1],
-    y, x_test, y_test, an image's shape (what x has in further columns is for encode, short and long alone); maps: encode
-    (x → code), decode (code → x), prior (n → n codes), short and long (x → features)."""
-    (x, y, u, v, shape), images = data, data[2][:, :data[4].numel()].unflatten(1, data[4])
-    x_hat = in_chunks(lambda part: maps["decode"](maps["encode"](part)), u).unflatten(1, shape)
-    row = {f"{prefix}/recon_mse": recon_mse(images, x_hat)}
-    for kind in ("short", "long")[:1 + full] if v is not None else ():
-        features = in_chunks(maps[kind], x), y, in_chunks(maps[kind], u), v
-        row |= accuracies(kind, *features, prefix=prefix) if full else {f"{prefix}/knn_acc_short": knn_accuracy(*features)}
-    if config.dataset == "mnist":
-        samples = in_chunks(maps["decode"], maps["prior"](1000 if config.smoke else 10_000)).unflatten(1, shape)
-        row |= {f"{prefix}/identity": identity(x_hat, v), f"{prefix}/fid": fid(images, samples)}
-    return row
+def code_metrics(data, train, test, kind, full=True):
+    """Classifiers on features (N, d) of the training and (M, d) of the test images.
 
-def untrained(config, data, maps):
-    """The row before training: the same; with --references all of the untrained encoder's and of raw pixels."""
-    row, (x, y, u, v, shape) = evaluate(config, data, maps, full=False), data
-    return row | (evaluate(config, data, maps, full=True, prefix="untrained") | accuracies(
-        "short", x[:, :shape.numel()], y, u[:, :shape.numel()], v, prefix="pixels") if config.references and y is not None else {})
+    kind: short or long. Not full: 1-NN alone, which is cheap. Without labels: nothing.
+    """
+    if data.y_train is None:
+        return {}
+    features = train, data.y_train, test, data.y_test
+    metrics = {f"eval/knn_acc_{kind}": knn_accuracy(*features)}
+    if full:
+        metrics[f"eval/svm_acc_{kind}"] = svm_accuracy(*features)
+    if full and kind == "short":
+        metrics["eval/mlp_acc_short"] = mlp_accuracy(*features)
+    return metrics
 
-def benchmark(step, images, config):
-    """Print the median time of step(), a training step on so many images."""
-    from torch.utils.benchmark import Timer
-    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads()).blocked_autorange(
-        min_run_time=0.2 if config.smoke else 5)
-    print(f"--matmul {config.matmul}: {1e3 * timer.median:.1f} ms per step (interquartile range {1e3 * timer.iqr:.1f}), "
-          f"{images / timer.median:.0f} images/s")
+
+def image_metrics(data, x_rec=None, x_fake=None):
+    """Of reconstructions of the test images (M, X), and of samples; LeNet judges MNIST alone."""
+    metrics = {}
+    if x_rec is not None:
+        metrics["eval/recon_mse"] = recon_mse(data.x_test, x_rec)
+    if x_rec is not None and data.name == "mnist":
+        metrics["eval/identity"] = identity(data.images(x_rec), data.y_test)
+    if x_fake is not None and data.name == "mnist":
+        metrics["eval/fid"] = fid(data.images(data.x_test), data.images(x_fake))
+    return metrics
+
 
 @cache
 def lenet(device, trained=True):
-    """The classifier behind identity and fid, net[:-1] its 84 features; made once, by `python assets/train_lenet.py`."""
+    """The classifier behind identity and FID, from assets/train_lenet.py; [:-1]: 84 features."""
     with torch.random.fork_rng(devices=[]):  # a training's random numbers are left alone
-        net = nn.Sequential(
-            nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(800, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)).to(device)
-    trained and net.load_state_dict(torch.load(ROOT / "assets/lenet.pt", map_location=device, weights_only=True))
-    return net
+        first = nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2)
+        second = nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()
+        hidden = nn.Linear(800, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()
+        net = nn.Sequential(*first, *second, *hidden, nn.Linear(84, 10))
+    if trained:
+        net.load_state_dict(torch.load(ROOT / "assets/lenet.pt", weights_only=True))
+    return net.to(device)
 
-def judge(x, net):
-    """LeNet, or a part of it, on any images: grey, antialiased to 28×28 where larger, clipped to [0, 1]."""
-    x = x if x.shape[-1] == 28 else interpolate(x, (28, 28), mode="bilinear", antialias=True)
-    return in_chunks(net, x.mean(1, keepdim=True).clamp(0, 1))
 
-def identity(x_hat, y):
-    """% of reconstructions that LeNet gives the true label."""
-    return 100 * (judge(x_hat, lenet(x_hat.device)).argmax(1) == y).sum().item() / len(y)
+def judge(net, images):
+    """LeNet, or a part of it, on any images: grey, at 28×28, clipped to [0, 1]."""
+    if images.shape[-1] != 28:
+        images = interpolate(images, (28, 28), mode="bilinear", antialias=True)
+    return chunked(net, images.mean(1, keepdim=True).clamp(0, 1))
 
-def fid(x, x_fake):
-    """LeNet-FID ‖μ − μ'‖² + tr(C + C' − 2(CC')^½), on the 84 penultimate features; comparable with itself alone."""
-    f, g = (judge(images, lenet(x.device)[:-1]).cpu().double().numpy() for images in (x, x_fake))
-    C, D = np.cov(f.T), np.cov(g.T)  # tr (CD)^½ is the sum of the roots of CD's eigenvalues
-    return float(np.square(f.mean(0) - g.mean(0)).sum() + np.trace(C + D - 2 * np.diag(
-        np.sqrt(np.linalg.eigvals(C @ D).astype(complex)).real)))
+
+def identity(images, y):
+    """% of reconstructions (N, C, H, W) to which LeNet gives the true label."""
+    return percent_right(judge(lenet(images.device), images).argmax(1), y)
+
+
+def fid(real, fake):
+    """LeNet-FID: ‖μ − μ'‖² + tr(C + C' − 2(CC')^½) of 84 features; comparable with itself alone."""
+    features = lenet(real.device)[:-1]
+    f, g = (judge(features, images).cpu().double().numpy() for images in (real, fake))
+    C, D = np.cov(f.T), np.cov(g.T)
+    eigenvalues = np.linalg.eigvals(C @ D).astype(complex)  # tr (CD)^½ is the sum of their roots
+    trace = np.trace(C) + np.trace(D) - 2 * np.sqrt(eigenvalues).real.sum()
+    return float(np.square(f.mean(0) - g.mean(0)).sum() + trace)
+
+
+# Pictures
+
 
 def grid(images, columns, title, rows=()):
-    """A figure of images (N, C, H, W), row by row; rows: names of the rows."""
-    images, lines = pad(images.detach().float().cpu().clamp(0, 1), (1, 1, 1, 1), value=1), -(-len(images) // columns)
-    sheet = torch.cat([torch.cat(list(line), 2) for line in images.split(columns)], 1).permute(1, 2, 0).numpy()
-    axes = (figure := Figure(figsize=(8, 0.5 + 8 * lines / columns))).add_subplot(title=title)
-    axes.imshow(sheet if sheet.shape[2] > 1 else sheet[..., 0], cmap="gray", interpolation="nearest")
-    axes.set(xticks=[], yticks=[(i + 0.5) * len(sheet) / lines for i in range(len(rows))], yticklabels=rows)
+    """A figure of images (N, C, H, W), row by row; rows: their names."""
+    images = pad(images.detach().float().cpu().clamp(0, 1), (1, 1, 1, 1), value=1)
+    lines = [torch.cat(list(line), 2) for line in images.split(columns)]
+    sheet = torch.cat(lines, 1).permute(1, 2, 0).squeeze(2).numpy()
+    figure = Figure(figsize=(8, 0.5 + 8 * len(lines) / columns))
+    axes = figure.add_subplot(title=title)
+    axes.imshow(sheet, cmap="gray", interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([(i + 0.5) * len(sheet) / len(lines) for i in range(len(rows))], rows)
     return figure
 
-@torch.no_grad()
-def draw(run, data, maps, panels, title):
-    """Samples, reconstructions and interpolations of the same codes and test images every time; curves of run.rows.
-    data, maps: as for evaluate, but a GAN has decode and prior alone; panels: {ylabel: keys of rows}."""
-    (_, _, u, _, shape), title = data, f"{title}, {run.unit} {run.done}"
-    n, codes = min(10, len(u)), maps["encode"](u[:16]) if "encode" in maps else maps["prior"](16)
-    def picture(name, x, columns, what, rows=()):
-        run.picture(name, grid(x.reshape(-1, *shape), columns, f"{title}: {what}", rows))
-    picture("samples", maps["decode"](maps["prior"](100)), 10, "samples")
-    if "encode" in maps:
-        x = u[:min(50, len(u)) // n * n]
-        pairs = torch.stack([x[:, :shape.numel()], maps["decode"](maps["encode"](x))]).unflatten(1, (-1, n)).transpose(0, 1)
-        picture("reconstructions", pairs, n, "test images x and their reconstructions", ["x", "rec."] * len(pairs))
-    t = torch.linspace(0, 1, 10, device=u.device)[:, None]
-    between = maps["decode"](((1 - t) * codes[:8, None] + t * codes.flip(0)[:8, None]).flatten(0, 1))
-    picture("interpolations", between, 10, f"decoded on the way between two {'test codes' if 'encode' in maps else 'z'}")
-    lines = {ylabel: {key.split("/")[1]: zip(*points) for key in keys if (points := [
-        (row[run.unit], row[key]) for row in run.rows if key in row])} for ylabel, keys in panels.items()}
-    run.picture("curves", curves({ylabel: line for ylabel, line in lines.items() if line}, run.unit, title))
 
-def curves(panels, xlabel, title, **scales):
-    """A figure with a panel for each {ylabel: {label: (xs, ys[, format])}}; scales: xscale, yscale."""
-    figure = Figure(figsize=(max(3.6 * len(panels), 6), 3.4), layout="constrained")
-    for axes, (ylabel, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for label, line in lines.items():
-            axes.plot(*line, label=label)
-        axes.set(xlabel=xlabel, ylabel=ylabel, **scales), axes.grid(alpha=0.3), axes.legend(fontsize=8)
+def pairs(images, reconstructions, title, columns=10):
+    """A figure of up to 50 images (N, C, H, W), each row above that of their reconstructions."""
+    n = min(50, len(images)) // columns * columns
+    both = torch.stack([images[:n], reconstructions[:n]]).unflatten(1, (-1, columns))
+    return grid(both.transpose(0, 1).flatten(0, 2), columns, title, ["x", "rec."] * (n // columns))
+
+
+def curves(rows, unit, title):
+    """A figure with a panel for each number in the rows, against the unit."""
+    names = sorted(rows[-1].keys() - {unit})
+    figure = Figure(figsize=(13, 2.8 * -(-len(names) // 4)), layout="constrained")
+    for place, name in enumerate(names, 1):
+        axes = figure.add_subplot(-(-len(names) // 4), 4, place, xlabel=unit, title=name)
+        known = [row for row in rows if name in row]
+        axes.plot([row[unit] for row in known], [row[name] for row in known], ".-")
+        axes.grid(alpha=0.3)
     figure.suptitle(title)
     return figure

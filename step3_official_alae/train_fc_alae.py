@@ -1,92 +1,107 @@
-"""Adversarial Latent Autoencoder (ALAE), arXiv 2004.04467: the official fully connected MNIST model, distilled.
+"""Adversarial Latent Autoencoder (ALAE), arXiv 2004.04467: the official fully connected model.
 
-Four maps: F: z → w, G: w → x, E: x → w, D: w → ℝ. G∘F is a generator, D∘E its critic, and E inverts G on the latents w,
-so that the reconstruction G(E(x)) never compares pixels. Algorithm 1 of the paper, each step on fresh z ~ N(0, I):
+Four maps: F: z → w, G: w → x, E: x → w, D: w → ℝ. G∘F is a generator, D∘E its critic, and E inverts
+G on the latents w, so that the reconstruction G(E(x)) never compares pixels. Algorithm 1, each
+step on fresh z ~ N(0, I):
 
-    I.   E, D   minimise  L_adv^{E,D} = softplus(D(E(G(F(z))))) + softplus(−D(E(x))) + γ/2 ‖∇ₓ D(E(x))‖²    (R1)
-    II.  F, G   minimise  L_adv^{F,G} = softplus(−D(E(G(F(z)))))
-    III. E, G   minimise  L_err^{E,G} = ‖F(z) − E(G(F(z)))‖²
+    I.   E, D  minimise  softplus(D(E(G(F(z))))) + softplus(−D(E(x))) + γ/2 ‖∇ₓ D(E(x))‖²    (R1)
+    II.  F, G  minimise  softplus(−D(E(G(F(z)))))
+    III. E, G  minimise  ‖F(z) − E(G(F(z)))‖²
 
-    python step3_official_alae/train_fc_alae.py --eval assets/fc_alae.pt             # the trained model, in under a minute
-    python step3_official_alae/train_fc_alae.py                                      # the official setting, 20 epochs
-    python step3_official_alae/train_fc_alae.py --recipe fast                        # ours (deviation 8), 50 epochs
-    python step3_official_alae/train_fc_alae.py --epochs 600                         # the official length
-    python step3_official_alae/train_fc_alae.py --resume runs/train_fc_alae/NAME/checkpoint.pt --epochs 100
+    python step3_official_alae/train_fc_alae.py                             # official, 20 epochs
+    python step3_official_alae/train_fc_alae.py --preset fast               # ours, 50 epochs
+    python step3_official_alae/train_fc_alae.py --eval assets/fc_alae.pt    # the trained model
 
-Result to expect (averaged weights, test images, one core of an AMD EPYC; README has the tables): official, 20 epochs, 11
-minutes, seeds 0 to 2: MSE 0.029 ± 0.002, SVM on short / long features 87.9 ± 0.8 / 97.5 ± 0.2 %, identity 88.4 ± 0.3 %; 100
-epochs, seed 0: 0.0202, 90.8 / 98.1 %, 92.1 %. Recipe fast, 37 minutes, seed 0: 0.0204, 93.8 / 98.9 %, 95.3 %, LeNet-FID 3.4;
-its model_half.pt is assets/fc_alae.pt.
+Expect (seed 0, test images): official LeNet-FID 146, identity 88.6 %; fast 3.4 and 95.3 %.
 
-Deviations from the paper (P) or the official code (O, github.com/podgorskiy/ALAE, mnist_fc.yaml):
- 1. P: "Adam"; O and here: LREQAdam, Adam with β1 = 0 whose step is multiplied by each layer's He constant (see below).
- 2. P: Step III updates E and G; O and here: its optimizers hold D and F as well. F moves (only the target w is
-    detached); D gets zero gradients, which halve its second moment and so make its steps √2 larger.
- 3. O: the main branch trains on x ∈ [−1, 1]; here [0, 1] (--input-range), as in O's branch for the paper's MNIST
-    section. That branch also has leaky slope 0.01 in G and on E's output (--slope).
+Deviations from the paper (P) or the official code (O: github.com/podgorskiy/ALAE, mnist_fc.yaml):
+ 1. P: "Adam"; O and here: LREQAdam, Adam with β1 = 0 whose step has each layer's He constant.
+ 2. P: Step III updates E and G; O and here: its optimizers hold D and F as well. F moves (only the
+    target w is detached); D gets zero gradients, which shrink its second moment.
+ 3. O: the main branch trains on x ∈ [−1, 1]; here [0, 1] (--input-range), as in O's branch for the
+    paper's MNIST section. That branch also has leaky slope 0.01 in G and on E's output (--slope).
  4. O: 400 to 600 epochs; here 20 by default, which fit a CPU.
  5. O: D has 50 outputs, of which the first is used; here it has that one.
- 6. O: the averaged weights start at a second random initialization; here at the first. Forgotten within an epoch.
- 7. O: features for the classifiers come from the raw weights, pictures from the averaged; here both come from
-    --eval-weights, ema by default.
- 8. --recipe fast, chosen on val (results/paper_table/ablation.md). Adam with β1 = 0 moves a weight by about lr·c a step
-    whatever the loss, so what counts is lr times steps: four times the lr on half the batch, falling to 0 over the second
-    half (no gain shown). G ends in a sigmoid: a linear layer has to cancel 1024 hidden units in every black pixel, which is
-    the speckle. L_err weighs a tenth: its scale matters because it shares its moments with L_adv.
+ 6. O: the averaged weights start at a second random initialization; here at the first.
+ 7. O: features for the classifiers come from the raw weights, pictures from the averaged; here
+    both come from --eval-weights, ema by default.
+ 8. --preset fast is ours: four times the learning rate on half the batch, falling to 0 over the
+    second half of the training, a sigmoid behind G, and a tenth of L_err. README.md: why.
 """
+
 import copy
 import math
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import shared
+from shared import option
+
 import torch
 from torch import nn
 from torch.nn.functional import softplus
 
-import shared
-from shared import option
+FAST = {"lr": 0.008, "batch_size": 64, "decay": 0.5}
+PRESETS = {
+    "official": {},
+    "fast": FAST | {"epochs": 50, "output": "bounded", "err_weight": 0.1},
+    # The way from official to fast, and what else the paper leaves open: changes to FAST
+    "rate": FAST,
+    "rate-critic-mlp": FAST | {"critic": "mlp"},
+    "rate-bounded": FAST | {"output": "bounded"},
+    "rate-slope": FAST | {"slope": 0.01},
+    "rate-input-11": FAST | {"input_range": "11"},
+    "rate-bounded-identity": FAST | {"output": "bounded", "mapping": "identity"},
+    "rate-bounded-err": FAST | {"output": "bounded", "err_weight": 0.1},
+    "rate-bounded-err-lr": FAST | {"output": "bounded", "err_weight": 0.1, "lr": 0.016},
+}
 
 
 @dataclass
 class Config(shared.Protocol):
-    epochs: int = option(20, "passes over the training images (mnist_fc.yaml: 600)", low=1)
+    preset: str = option(
+        "official", "mnist_fc.yaml, ours (deviation 8), or a study", tuple(PRESETS)
+    )
+    epochs: int = option(20, "passes over the training images (mnist_fc.yaml: 600)", low=0)
     batch_size: int = option(128, "images per step (mnist_fc.yaml)", low=1)
     lr: float = option(0.002, "learning rate, constant (mnist_fc.yaml)", low=1e-9)
+    decay: float = option(
+        0.0, "share of the training, at its end, with lr falling to 0 (ours)", low=0
+    )
     latent_dim: int = option(50, "dimension of z and of w (paper §6.1)", low=1)
     gamma: float = option(10.0, "weight γ of R1 (paper, algorithm 1)", low=0)
     err_weight: float = option(1.0, "weight of L_err in Step III (algorithm 1: 1)", low=0)
-    ema: float = option(10_000.0, "half-life, in images, of the averaged weights (train_alae.py)", low=1)
-    input_range: str = option("01", "pixels in [0, 1] (branch mnist_ref) or [−1, 1] (main branch)", choices=("01", "11"))
-    slope: float = option(0.2, "leaky slope in G and on E's output (net.py; branch mnist_ref: 0.01)", low=0, high=1)
-    recipe: str = option("official", "official: mnist_fc.yaml; fast: ours (deviation 8)", choices=("official", "fast"))
-    decay: float = option(0.0, "share of the training, at its end, in which lr falls linearly to 0 (ours)", low=0, high=1)
-    mapping: str = option("mlp", "F: six layers after pixel norm, or pixel norm alone", choices=("mlp", "identity"))
-    critic: str = option("linear", "D: a product of matrices, as official, or with leaky ReLU between", ("linear", "mlp"))
-    output: str = option("linear", "G's output: linear, as official, or bounded by a sigmoid or tanh", ("linear", "bounded"))
-    eval_weights: str = option("ema", "evaluate the averaged or the raw weights", choices=("raw", "ema"))
-    eval_every: int = option(5, "epochs between cheap evaluations, and pictures", low=1)
-    references: bool = option(False, "score raw pixels and the untrained encoder too, for the tables (a minute)")
-    resume: str = option("", "checkpoint.pt to go on from")
-    eval: str = option("", "model.pt or checkpoint.pt to evaluate and draw, without training")
-    benchmark: bool = option(False, "measure the speed of a training step, and stop")
-    recipes = {("recipe", "fast"): {"epochs": 50, "batch_size": 64, "lr": 0.008, "decay": 0.5, "err_weight": 0.1, "output": "bounded"}}
+    ema: float = option(
+        10_000.0, "half-life, in images, of averaged weights (train_alae.py)", low=1
+    )
+    input_range: str = option("01", "pixels in [0, 1] (mnist_ref) or [−1, 1] (main)", ("01", "11"))
+    slope: float = option(
+        0.2, "leaky slope in G and on E's output (net.py; mnist_ref: 0.01)", low=0
+    )
+    mapping: str = option(
+        "mlp", "F: six layers after pixel norm, or that alone", ("mlp", "identity")
+    )
+    critic: str = option("linear", "D: linear, as official, or with leaky ReLU", ("linear", "mlp"))
+    output: str = option("linear", "G's, or bounded by a sigmoid or tanh", ("linear", "bounded"))
+    eval_weights: str = option("ema", "evaluate the averaged or the raw weights", ("raw", "ema"))
 
 
 # B batch, Z = W = latent_dim, X = pixels (784), H = 1024
 
-class Linear(nn.Linear):
-    """Linear layer with the official equalized learning rate (lreq.py): weights start at N(0, gain²/fan_in), and
-    LREQAdam multiplies the steps of weight and bias by the coefficients noted here."""
 
-    def __init__(self, fan_in, fan_out, lrmul=1.0, gain=math.sqrt(2)):
+class Linear(nn.Linear):
+    """Linear layer with the official equalized learning rate (lreq.py): weights start at
+    N(0, 2/fan_in), and LREQAdam multiplies the steps of weight and bias by their c."""
+
+    def __init__(self, fan_in, fan_out, lrmul=1.0):
         super().__init__(fan_in, fan_out)
-        nn.init.normal_(self.weight, std=gain / math.sqrt(fan_in))
+        he = math.sqrt(2) / math.sqrt(fan_in)
+        nn.init.normal_(self.weight, std=he)
         nn.init.zeros_(self.bias)
-        self.weight.lr_equalization_coef = gain / math.sqrt(fan_in) * lrmul
-        self.bias.lr_equalization_coef = lrmul
+        self.weight.c = he * lrmul
+        self.bias.c = lrmul
 
 
 class PixelNorm(nn.Module):
@@ -95,33 +110,45 @@ class PixelNorm(nn.Module):
 
 
 def build(config, X):
-    """F, G, E, D as nn.Sequential."""
-    Z, H, leaky, leaky_out = config.latent_dim, 1024, nn.LeakyReLU(0.2), nn.LeakyReLU(config.slope)
-    bound = [nn.Sigmoid() if config.input_range == "01" else nn.Tanh()] * (config.output == "bounded")
-    between = [leaky] * (config.critic == "mlp")
-    F = nn.Sequential(PixelNorm(), *(layer for _ in range(6 * (config.mapping == "mlp"))
-                                     for layer in (Linear(Z, Z, lrmul=0.1), leaky)))
-    G = nn.Sequential(Linear(Z, H), leaky_out, Linear(H, H), leaky_out, Linear(H, X), *bound)
-    E = nn.Sequential(Linear(X, H), leaky, Linear(H, H), leaky, Linear(H, Z), leaky_out)
-    D = nn.Sequential(*(layer for _ in range(2) for layer in (Linear(Z, Z, lrmul=0.1), *between)), Linear(Z, 1, lrmul=0.1))
-    return nn.ModuleDict({"F": F, "G": G, "E": E, "D": D})
+    """F: z (B, Z) → w (B, W), G: w → x (B, X), E: x → w, D: w → (B, 1)."""
+    Z, H = config.latent_dim, 1024
+    leaky, leaky_out = nn.LeakyReLU(0.2), nn.LeakyReLU(config.slope)
+    F = [PixelNorm()]
+    if config.mapping == "mlp":
+        for _ in range(6):
+            F += [Linear(Z, Z, lrmul=0.1), leaky]
+    G = [Linear(Z, H), leaky_out, Linear(H, H), leaky_out, Linear(H, X)]
+    if config.output == "bounded":
+        G.append(nn.Sigmoid() if config.input_range == "01" else nn.Tanh())
+    E = [Linear(X, H), leaky, Linear(H, H), leaky, Linear(H, Z), leaky_out]
+    D = [Linear(Z, Z, lrmul=0.1), Linear(Z, Z, lrmul=0.1), Linear(Z, 1, lrmul=0.1)]
+    if config.critic == "mlp":
+        D = [D[0], leaky, D[1], leaky, D[2]]
+    nets = {"F": F, "G": G, "E": E, "D": D}
+    return nn.ModuleDict({name: nn.Sequential(*layers) for name, layers in nets.items()})
 
 
 class LREQAdam(torch.optim.Adam):
-    """The official optimizer (custom_adam.py): with g the gradient of w and c its lr_equalization_coef,
+    """The official optimizer (custom_adam.py), with g the gradient of w and c its constant:
 
         v ← β2 v + (1 − β2) g²,    w ← w − lr c √(1 − β2^t) g / (√v + ε)
 
-    That is torch's Adam with β1 = 0 and a learning rate lr·c for each c, but for ε, which torch adds after the bias
-    correction of √v; ε/√(1 − β2^t) undoes that. The fused kernel makes one pass over the weights.
+    That is torch's Adam with β1 = 0 and a learning rate lr·c for each c, but for ε, which torch
+    adds after the bias correction of √v; ε/√(1 − β2^t) undoes that.
     """
 
-    def __init__(self, params, lr, beta2=0.99, eps=1e-8):
-        groups = {}
-        for p in params:
-            groups.setdefault(p.lr_equalization_coef, []).append(p)
-        super().__init__([{"params": ps, "lr": lr * c, "c": c, "t": 0} for c, ps in groups.items()], lr, (0.0, beta2), eps,
-                         fused=True)
+    def __init__(self, *nets, lr, beta2=0.99, eps=1e-8):
+        by_c = {}
+        for net in nets:
+            for p in net.parameters():
+                by_c.setdefault(p.c, []).append(p)
+        groups = [{"params": params, "c": c, "t": 0} for c, params in by_c.items()]
+        super().__init__(groups, lr, (0.0, beta2), eps, fused=True)
+        self.set_lr(lr)
+
+    def set_lr(self, lr):
+        for group in self.param_groups:
+            group["lr"] = lr * group["c"]
 
     def step(self):
         for group in self.param_groups:
@@ -131,10 +158,11 @@ class LREQAdam(torch.optim.Adam):
 
 
 def L_adv_ED(D, E, x, x_fake, gamma):
-    """softplus(D(E(x_fake))) + softplus(−D(E(x))) + γ/2 ‖∇ₓ D(E(x))‖², mean over the batch, and its last term."""
+    """softplus(D(E(x_fake))) + softplus(−D(E(x))) + γ/2 ‖∇ₓ D(E(x))‖², and its last term."""
     x = x.detach().requires_grad_()
-    real, fake = D(E(x)), D(E(x_fake))  # (B, 1)
-    gradient, = torch.autograd.grad(real.sum(), x, create_graph=True)  # (B, X)
+    real = D(E(x))  # (B, 1)
+    fake = D(E(x_fake))
+    (gradient,) = torch.autograd.grad(real.sum(), x, create_graph=True)  # (B, X)
     r1 = gamma / 2 * gradient.square().sum(1).mean()
     return (softplus(fake) + softplus(-real)).mean() + r1, r1
 
@@ -145,48 +173,50 @@ def L_adv_FG(D, E, x_fake):
 
 
 def L_err_EG(E, G, w):
-    """‖w − E(G(w))‖², mean over batch and dimensions; the target w is detached, the input is not (official code)."""
+    """‖w − E(G(w))‖², mean over batch and dimensions; only w is detached (deviation 2)."""
     return (w.detach() - E(G(w))).square().mean()
 
 
 def train_step(nets, opt_ED, opt_FG, x, config):
-    """One iteration of algorithm 1 on x (B, X). Returns detached losses."""
+    """One iteration of algorithm 1 on x (B, X)."""
     F, G, E, D = nets["F"], nets["G"], nets["E"], nets["D"]
-    ED, FG, EFG = ([p for net in group for p in net.parameters()] for group in ((E, D), (F, G), (E, F, G)))
-    z_I, z_II, z_III = torch.randn(3, len(x), config.latent_dim, device=x.device)  # (B, Z) each
+    z = torch.randn(3, len(x), config.latent_dim, device=x.device)  # fresh for each step
 
     # Step I: the critic D∘E tells data from samples.
     with torch.no_grad():
-        x_fake = G(F(z_I))
-    opt_ED.zero_grad()
+        x_fake = G(F(z[0]))
     loss_ED, r1 = L_adv_ED(D, E, x, x_fake, config.gamma)
-    loss_ED.backward(inputs=ED)
+    opt_ED.zero_grad()
+    loss_ED.backward(inputs=[*E.parameters(), *D.parameters()])
     opt_ED.step()
 
     # Step II: the generator G∘F moves against it.
+    loss_FG = L_adv_FG(D, E, G(F(z[1])))
     opt_FG.zero_grad()
-    loss_FG = L_adv_FG(D, E, G(F(z_II)))
-    loss_FG.backward(inputs=FG)
+    loss_FG.backward(inputs=[*F.parameters(), *G.parameters()])
     opt_FG.step()
 
     # Step III: E inverts G, on latents.
-    opt_ED.zero_grad(), opt_FG.zero_grad()
-    loss_err = L_err_EG(E, G, F(z_III))
-    (config.err_weight * loss_err).backward(inputs=EFG)
+    loss_err = L_err_EG(E, G, F(z[2]))
+    opt_ED.zero_grad()
+    opt_FG.zero_grad()
+    (config.err_weight * loss_err).backward(
+        inputs=[*E.parameters(), *F.parameters(), *G.parameters()]
+    )
     for p in D.parameters():  # zeros, not None: its second moment decays (deviation 2)
         p.grad = torch.zeros_like(p)
-    opt_ED.step(), opt_FG.step()
-    return torch.stack([loss_ED, loss_FG, loss_err, r1]).detach()
+    opt_ED.step()
+    opt_FG.step()
+
+    losses = {"L_adv_ED": loss_ED, "L_adv_FG": loss_FG, "L_err_EG": loss_err, "r1": r1}
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
-def set_rate(optimizers, config, done):
-    """The learning rate after the share `done` of the training."""
-    lr = config.lr * min(1.0, (1 - done) / config.decay) if config.decay else config.lr
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = lr * group["c"]
-
-
-LOSSES = ("train/L_adv_ED", "train/L_adv_FG", "train/L_err_EG", "train/r1")
+def learning_rate(config, done):
+    """After the share `done` of the training: constant, or falling to 0 at last (deviation 8)."""
+    if config.decay == 0:
+        return config.lr
+    return config.lr * min(1.0, (1 - done) / config.decay)
 
 
 @torch.no_grad()
@@ -194,190 +224,94 @@ def update_ema(averaged, nets, decay):
     torch._foreach_lerp_(list(averaged.parameters()), list(nets.parameters()), 1 - decay)
 
 
-def to_x(x, config):
+def to_x(pixels, config):
     """Pixels in [0, 1] → the range that the networks see."""
-    return x * 2 - 1 if config.input_range == "11" else x
+    return pixels * 2 - 1 if config.input_range == "11" else pixels
 
 
-def maps(nets, config, device):
-    """What shared.evaluate and shared.draw look at; all of it in pixels in [0, 1]."""
+def to_pixels(x, config):
+    return (x + 1) / 2 if config.input_range == "11" else x
+
+
+def prior(n, config, device):
+    """Always the same z (n, Z)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, config.latent_dim, generator=generator).to(device)
+
+
+def evaluate(nets, data, config, full=False):
     F, G, E = nets["F"], nets["G"], nets["E"]
-
-    def prior(n):
-        z = torch.randn(n, config.latent_dim, generator=torch.Generator().manual_seed(0))
-        return shared.in_chunks(F, z.to(device))
-    return {"encode": lambda x: E(to_x(x, config)), "decode": lambda w: (G(w) + 1) / 2 if config.input_range == "11" else G(w),
-            "prior": prior, "short": lambda x: E(to_x(x, config)), "long": lambda x: E[:4](to_x(x, config))}
-
-
-def load_model(path, config=None):
-    """The networks F, G, E, D of a model.pt, or of a checkpoint.pt by its --eval-weights, and the config."""
-    saved = shared.load_checkpoint(path, Config)
-    config = config or Config(**saved["config"])
-    state = saved.get({"ema": "averaged", "raw": "nets"}[config.eval_weights]) or {
-        f"{name}.{key}": value for name in "FGED" for key, value in saved[name].items()}
-    nets = build(config, state["E.0.weight"].shape[1])
-    nets.load_state_dict(state)  # half precision becomes single
-    return nets, config
-
-
-def start(config, X, device):
-    """Networks, their averages and optimizers, by their names in the checkpoint."""
-    nets = build(config, X).to(device)
-    return {"nets": nets, "averaged": copy.deepcopy(nets).requires_grad_(False),
-            "opt_ED": LREQAdam([*nets["E"].parameters(), *nets["D"].parameters()], config.lr),
-            "opt_FG": LREQAdam([*nets["F"].parameters(), *nets["G"].parameters()], config.lr)}
-
-
-def benchmark(config, x_train, steps=300):
-    """Prints the speed of train_step at --matmul highest and as configured, next to that of one matrix product."""
-    import resource
-    device, B, X, Z, H = x_train.device, config.batch_size, x_train.shape[1], config.latent_dim, 1024
-    e, f, d = X * H + H * H + H * Z, 6 * Z * Z, 2 * Z * Z + Z  # multiply-accumulates of E (or G), F, D for one image
-    macs = (f + e) + 5 * (e + d) + 2 * (2 * e - X * H + 2 * d)  # I: samples; critic and R1; their gradients, not for x
-    macs += 3 * (f + e) + 2 * (e + d) + 3 * (f + 2 * e)  # II; III
-
-    def milliseconds(function, n):
-        times = [time.perf_counter()]
-        for _ in range(n):
-            function()
-            device.type == "cuda" and torch.cuda.synchronize()
-            times.append(time.perf_counter())
-        return 1e3 * torch.tensor(times, dtype=torch.float64).diff()[n // 10:].median().item()  # without the first tenth
-
-    torch.set_float32_matmul_precision("highest")
-    a, b = torch.randn(128, 1024, device=device), torch.randn(1024, 1024, device=device)
-    mm = 2e-6 * 128 * 1024 ** 2 / milliseconds(lambda: torch.mm(a, b), 500)  # GFLOP/s
-    print(f"torch.mm, 128×1024 by 1024×1024, highest: {mm:.0f} GFLOP/s")
-    for mode in ("highest", config.matmul):
-        torch.manual_seed(config.seed)
-        torch.set_float32_matmul_precision(mode)
-        parts, losses = start(config, X, device), []
-        order = shared.batches(len(x_train), B, torch.Generator(device).manual_seed(config.seed))
-
-        def step():
-            losses.append(train_step(parts["nets"], parts["opt_ED"], parts["opt_FG"], x_train[next(order)], config))
-            update_ema(parts["averaged"], parts["nets"], 0.5 ** (B / config.ema))
-        ms = milliseconds(step, min(steps, len(x_train) // B))
-        means = ", ".join(f"{name} {v:.4f}" for name, v in zip(LOSSES, torch.stack(losses).mean(0).tolist()))
-        print(f"--matmul {mode}: {ms:.1f} ms per iteration, {1e3 * B / ms:.0f} images/s, {2e-6 * macs * B / ms:.0f} GFLOP/s, "
-              f"{2e-6 * macs * B / ms / mm:.2f} times torch.mm's; means over {len(losses)} steps: {means}")
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
-    print(f"{macs / 1e6:.1f} M multiply-accumulates per image and iteration; peak memory {peak:.0f} MiB")
-
-
-PANELS = {"adversarial losses": [LOSSES[i] for i in (0, 1, 3)], "L_err_EG": LOSSES[2:3], "reconstruction MSE":
-          ["eval/recon_mse"], "1-NN accuracy on E(x), %": ["eval/knn_acc_short"], "LeNet-FID": ["eval/fid"],
-          "identity, %": ["eval/identity"]}
+    x_train, x_test = to_x(data.x_train, config), to_x(data.x_test, config)
+    z = prior(10_000, config, x_test.device)
+    x_rec = to_pixels(shared.chunked(nn.Sequential(E, G), x_test), config)
+    x_fake = to_pixels(shared.chunked(nn.Sequential(F, G), z), config)
+    metrics = shared.image_metrics(data, x_rec, x_fake)
+    short = shared.chunked(E, x_train), shared.chunked(E, x_test)
+    metrics |= shared.code_metrics(data, *short, "short", full)
+    if full:
+        long = shared.chunked(E[:4], x_train), shared.chunked(E[:4], x_test)
+        metrics |= shared.code_metrics(data, *long, "long")
+    return metrics
 
 
 @torch.no_grad()
-def draw(run, data, seen, nets, config):
-    """shared.draw's pictures, and what is ALAE's own: ways in z, and along the principal directions of w."""
-    shared.draw(run, data, seen, PANELS, "FC ALAE")
-    device, n = data[0].device, min(8, config.latent_dim)
-    z = torch.randn(16, 1, config.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
-    t, w = torch.linspace(0, 1, 11, device=device)[:, None], seen["prior"](10_000)
-    values, axes = (t.to(device) for t in torch.linalg.eigh(torch.cov(w.T).reshape(w.shape[1], -1).cpu()))  # ascending
-    steps = (5 * t - 2.5) * values.flip(0)[:n, None, None].clamp(min=0).sqrt() * axes.T.flip(0)[:n, None]  # (n, 11, W)
-    for name, codes, what, rows in (
-            ("interpolations_z", nets["F"](((1 - t) * z[:8] + t * z[8:]).flatten(0, 1)), "G∘F on the way between two z", ()),
-            ("traversals", (seen["encode"](data[2][:1]) + steps).flatten(0, 1), "from a test image's w (centre) along the\n"
-             "principal directions of w = F(z), ±2.5 standard deviations", [f"direction {i + 1}" for i in range(n)])):
-        run.picture(name, shared.grid(seen["decode"](codes).unflatten(1, data[4]), 11,
-                                      f"FC ALAE, epoch {run.done}: {what}", rows))
+def draw(run, data, config):
+    """Samples, reconstructions, ways between two w or two z, and along the main directions of w."""
+    F, G, E = run.nets["F"], run.nets["G"], run.nets["E"]
+    x, z = data.x_test[:50], prior(10_000, config, data.x_test.device)
 
+    def picture(name, w, columns, what, rows=()):
+        images, title = data.images(to_pixels(G(w), config)), f"FC ALAE, epoch {run.epoch}: {what}"
+        run.picture(name, shared.grid(images, columns, title, rows))
 
-def animate(run, frames, shape):
-    """samples.gif: samples of the same z after up to 32 of the epochs of frames {epoch: uint8 (64, X)}, in 16 greys."""
-    from PIL import Image, ImageDraw
-    (c, h, w), epochs, sheets = shape, list(frames), []
-    for epoch in dict.fromkeys(epochs[round(i)] for i in torch.linspace(0, len(epochs) - 1, 32).tolist()):
-        sheet = frames[epoch].view(8, 8, *shape).permute(0, 3, 1, 4, 2).reshape(8 * h, 8 * w, c).expand(-1, -1, 3) // 16 * 17
-        sheets.append(Image.new("RGB", (16 * w, 16 * h + 24)))
-        sheets[-1].paste(Image.fromarray(sheet.numpy()).resize((16 * w, 16 * h), Image.NEAREST))
-        ImageDraw.Draw(sheets[-1]).text((8, 16 * h + 6), f"epoch {epoch}", "white")
-    run.animation("samples", sheets, [250] * (len(sheets) - 1) + [3000])
+    w = E(to_x(x, config))  # (50, W)
+    picture("samples", F(z[:100]), 10, "samples")
+    x_rec = data.images(to_pixels(G(w), config))
+    title = f"FC ALAE, epoch {run.epoch}: test images x and G(E(x))"
+    run.picture("reconstructions", shared.pairs(data.images(x), x_rec, title))
+    t = torch.linspace(0, 1, 10, device=x.device)[:, None]
+    picture("interpolations", w[:8, None].lerp(w[8:16, None], t).flatten(0, 1), 10, "between two w")
+    z_between = z[:8, None].lerp(z[8:16, None], t).flatten(0, 1)
+    picture("interpolations_z", F(z_between), 10, "between two z")
 
-
-def show(config, device, data):
-    """--eval: a run's pictures and final metrics, from its file."""
-    nets, past = load_model(config.eval, config)[0].to(device), shared.load_checkpoint(config.eval, Config)["run"]
-    if (X := nets["E"][0].in_features) != data[0].shape[1]:
-        shared.fail(f"{config.eval} is for images of {X} pixels, not {data[0].shape[1]}")
-    run, seen = shared.Run(config, device, sum(p.numel() for p in nets.parameters())), maps(nets, config, device)
-    run.at |= {key: past[key] for key in ("images", "done", "rows")}
-    draw(run, data, seen, nets, config)
-    run.at["rows"] = []  # the training's: what follows is of the data at hand
-    run.finish(**shared.evaluate(config, data, seen, full=True))
+    variances, axes = torch.linalg.eigh(torch.cov(F(z).T).cpu())  # ascending
+    steps = torch.linspace(-2.5, 2.5, 11)[:, None]  # standard deviations
+    ways = steps * (variances.clamp(min=0).sqrt() * axes).T.flip(0)[:8, None]  # (8, 11, W)
+    names = [f"direction {i + 1}" for i in range(len(ways))]
+    picture(
+        "traversals", (w[0] + ways.to(w)).flatten(0, 1), 11, "along main directions of w", names
+    )
 
 
 def main(config):
     device = shared.setup(config)
-    checkpoint = shared.load_checkpoint(config.resume, Config) if config.resume else None
-    data = shared.load_vectors(config, device, toys=False)
-    if config.eval:
-        return show(config, device, data)
-    x_train, X = to_x(data[0], config), data[0].shape[1]
-    if config.smoke:
-        config.epochs = min(config.epochs, 2)
-    if config.latent_dim > X:
-        shared.fail(f"--latent-dim {config.latent_dim} is larger than the data, {X} pixels")
-    if (steps := len(x_train) // config.batch_size) == 0:
-        shared.fail(f"--batch-size {config.batch_size} is larger than the data, {len(x_train)} images")
-
-    if checkpoint and config.decay and config.epochs != checkpoint["config"]["epochs"]:
-        shared.fail(f"--epochs {config.epochs}: the learning rate falls towards epoch {checkpoint['config']['epochs']} (--decay)")
-    if config.benchmark:
-        return benchmark(config, x_train)
-    parts = start(config, X, device)
-    nets, averaged, opt_ED, opt_FG = parts.values()
-    first, losses = 0, torch.zeros(len(LOSSES), device=device)  # steps behind us in this epoch, and their losses
-    frames = {}  # of the animation
-    if checkpoint:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        first, losses, frames = checkpoint["step"], checkpoint["losses"].to(device), checkpoint["frames"]
+    data = shared.load_data(config, device)
+    x_train = to_x(data.x_train, config)
+    nets = build(config, x_train.shape[1]).to(device)
+    averaged = copy.deepcopy(nets).requires_grad_(False)
+    opt_ED = LREQAdam(nets["E"], nets["D"], lr=config.lr)
+    opt_FG = LREQAdam(nets["F"], nets["G"], lr=config.lr)
+    parts = {"nets": nets, "averaged": averaged, "opt_ED": opt_ED, "opt_FG": opt_FG}
     evaluated = averaged if config.eval_weights == "ema" else nets
-    seen = maps(evaluated, config, device)
-    run = shared.Run(config, device, sum(p.numel() for p in nets.parameters()), checkpoint)
 
-    def save(step):
-        run.save("checkpoint.pt", step=step, losses=losses, frames=frames, **{k: part.state_dict() for k, part in parts.items()})
-
-    def photograph():
-        frames[run.done] = shared.in_chunks(seen["decode"], seen["prior"](64)).clamp(0, 1).mul(255).byte().cpu()
-
-    if not checkpoint:
-        run.log({"epoch": 0} | shared.untrained(config, data, seen))
-        photograph()
-    for epoch in range(run.done + 1, config.epochs + 1):
-        order = torch.Generator(device).manual_seed(1_000_003 * config.seed + epoch)
-        for step, i in enumerate(shared.batches(len(x_train), config.batch_size, order, skip=first), first + 1):
-            set_rate((opt_ED, opt_FG), config, (epoch - 1 + (step - 1) / steps) / config.epochs)
-            losses += train_step(nets, opt_ED, opt_FG, x_train[i], config)
-            update_ema(averaged, nets, 0.5 ** (config.batch_size / config.ema))
-            run.tick(config.batch_size, losses[0] / step, config.epochs * steps)
-            if run.stop:
-                save(step)
-                run.leave()
-        row = {"epoch": epoch} | {name: run.finite(loss / steps) for name, loss in zip(LOSSES, losses)}
-        first, losses = 0, torch.zeros_like(losses)
-        if looked := epoch % config.eval_every == 0 or epoch == config.epochs:
-            row |= shared.evaluate(config, data, seen, full=False)
-        run.log(row)
-        if looked or epoch <= 20:
-            photograph()
-        save(0)
-        if looked:
-            draw(run, data, seen, evaluated, config)
-
-    animate(run, frames, data[4])
-    run.save("model.pt", **{name: net.state_dict() for name, net in evaluated.items()})
-    run.save("model_half.pt", **{name: copy.deepcopy(net).half().state_dict() for name, net in evaluated.items()})
-    run.finish(**shared.evaluate(config, data, seen, full=True))
+    run = shared.Run(config, device, evaluated, len(x_train) // config.batch_size)
+    for epoch in run.epochs(parts):
+        for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
+            lr = learning_rate(config, run.progress)  # its own
+            opt_ED.set_lr(lr)  # its own
+            opt_FG.set_lr(lr)  # its own
+            losses = train_step(nets, opt_ED, opt_FG, x_train[i], config)  # its own
+            update_ema(averaged, nets, 0.5 ** (config.batch_size / config.ema))  # its own
+            run.step(losses, len(i))
+        run.log_losses()
+        if run.is_due():
+            run.log(evaluate(run.nets, data, config))
+            draw(run, data, config)
+        run.save(parts)
+    metrics = evaluate(run.nets, data, config, full=True)
+    draw(run, data, config)
+    run.finish(metrics)
 
 
 if __name__ == "__main__":
-    main(shared.parse_config(Config))
+    main(shared.parse_config(Config, PRESETS))

@@ -1,117 +1,134 @@
+"""Helpers of the tests: running a file as a user does, or in this process; watching optimizers."""
+
+import functools
 import os
 import runpy
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
+
+import shared
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("step1_linear", "step2_gan", "step3_official_alae", "baselines", "results"))]
-import shared  # noqa: E402
-# Nobody is logged in to W&B, and nothing can be downloaded: a proxy that refuses.
-ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | {
-    "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "NETRC": "/dev/null",
-    "WANDB_CONFIG_DIR": "/nonexistent"}
 FC_ALAE = "step3_official_alae/train_fc_alae.py"
+# Nobody is logged in to W&B, and nothing can be downloaded: a proxy that refuses.
+NO_NETWORK = {
+    "http_proxy": "http://127.0.0.1:9",
+    "https_proxy": "http://127.0.0.1:9",
+    "NETRC": "/dev/null",
+    "WANDB_CONFIG_DIR": "/nonexistent",
+}
+ENVIRONMENT = {key: os.environ[key] for key in os.environ if not key.startswith(("WANDB", "GOMP"))}
+ENVIRONMENT |= NO_NETWORK
 
 
-def launch(tmp_path, file, *args, cwd=ROOT, **environment):
-    """Runs a file of the repo as a user does, with runs in tmp_path/runs; returns the finished process."""
-    return subprocess.run([sys.executable, str(ROOT / file), *with_out_dir(tmp_path, file, args)], cwd=cwd, text=True,
-                          env=ENVIRONMENT | environment, capture_output=True, timeout=300)
+# Each test in this process reads the 60,000 images, once
+shared.load_archives = functools.cache(shared.load_archives)
 
 
-def with_out_dir(tmp_path, file, args):
-    own = "--out-dir" in args or "--resume" in args or file.startswith("results")
-    return [*map(str, args), *([] if own else ["--out-dir", str(tmp_path / "runs")])]
+def launch(file, *arguments, cwd=ROOT, **environment):
+    """Runs a file of the repository as a user does; returns the finished process."""
+    command = [sys.executable, str(ROOT / file), *map(str, arguments)]
+    env = ENVIRONMENT | environment
+    return subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=300)
 
 
 @pytest.fixture
-def command(tmp_path):
-    return partial(launch, tmp_path)
+def here(monkeypatch, capsys):
+    """As launch, but in this process, which spares the imports."""
 
-
-@pytest.fixture
-def here(tmp_path, monkeypatch, capsys):
-    """As `command`, but in this process, which spares the imports."""
-    precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-
-    def run(file, *args):
-        for key, value in ENVIRONMENT.items():
+    def run(file, *arguments):
+        for key, value in NO_NETWORK.items():
             monkeypatch.setenv(key, value)
-        monkeypatch.setattr(sys, "argv", [str(ROOT / file), *with_out_dir(tmp_path, file, args)])
+        monkeypatch.setattr(sys, "argv", [str(ROOT / file), *map(str, arguments)])
         code = 0
         try:
-            with signals_kept():
-                runpy.run_path(str(ROOT / file), run_name="__main__")
+            runpy.run_path(str(ROOT / file), run_name="__main__")
         except SystemExit as stop:
             code = stop.code
         said = capsys.readouterr()
-        return subprocess.CompletedProcess(args, code, said.out, said.err)
-    yield run
-    torch.set_float32_matmul_precision(precision), torch.set_default_dtype(dtype)
+        return subprocess.CompletedProcess(arguments, code, said.out, said.err)
+
+    return run
 
 
-@pytest.fixture
-def unpictured(monkeypatch):
-    """Training without pictures, a good part of a short run's time."""
-    monkeypatch.setattr(shared.Run, "picture", lambda *_: None)
+def train(monkeypatch, module, *arguments):
+    """Runs an experiment's main in this process."""
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+    config = shared.parse_config(module.Config, getattr(module, "PRESETS", None))
+    module.main(config)
 
 
-@pytest.fixture
-def bare(unpictured, monkeypatch):
-    """Training without pictures and accuracies."""
-    monkeypatch.setattr(shared, "accuracies", lambda *_, **__: {})
-
-
-@contextmanager
-def signals_kept():
+@pytest.fixture(autouse=True)
+def as_before():
+    """A run sets signal handlers and the precision of products: each test starts with the usual."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
-def train_here(patch, module, *args):
-    """Runs an experiment in this process; patch: pytest's monkeypatch."""
-    patch.setattr(sys, "argv", [module.__file__, *args])
-    with signals_kept():
-        module.main(module.shared.parse_config(module.Config))
+@pytest.fixture
+def cheap(monkeypatch):
+    """Training without pictures and classifiers, a good part of a short run's time."""
+    monkeypatch.setattr(shared.Run, "picture", lambda *_: None)
+    monkeypatch.setattr(shared, "code_metrics", lambda *_, **__: {})
+    monkeypatch.setattr(shared, "image_metrics", lambda *_, **__: {})
 
 
-def assert_same(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-    if isinstance(a, (dict, list, tuple)):
-        for i in a if isinstance(a, dict) else range(len(a)):
-            assert_same(a[i], b[i])
-    else:
-        assert a.equal(b) if isinstance(a, torch.Tensor) else a == b
+def toy_data(n=300, m=200, size=784, classes=10, name="mnist"):
+    """Random images whose labels are the place of a bright pixel; name 'mnist' or another."""
+    generator = torch.Generator().manual_seed(0)
+
+    def part(n):
+        y = torch.arange(n) % classes
+        x = 0.5 * torch.rand(n, size, generator=generator)
+        x[torch.arange(n), y] = 1.0
+        return x, y
+
+    side = int(size**0.5)
+    return shared.Data(name, *part(n), *part(m), torch.Size([1, side, side]))
 
 
 def watch(nets, **optimizers):
-    """Makes each optimizer note which of the networks its step moves; returns the list of notes."""
-    seen = []
+    """Makes each optimizer note which of the nets its step moves; returns the list of notes."""
+    notes = []
 
-    def values():
-        return {name: torch.cat([p.detach().flatten().clone() for p in net.parameters()]) for name, net in nets.items()}
+    def values(net):
+        return torch.cat([p.detach().flatten().clone() for p in net.parameters()])
+
+    def watched(name, step):
+        def watched_step():
+            before = {key: values(net) for key, net in nets.items()}
+            step()
+            moved = {key for key, net in nets.items() if not values(net).equal(before[key])}
+            notes.append((name, moved))
+
+        return watched_step
+
     for name, optimizer in optimizers.items():
-        def step(real=optimizer.step, name=name):
-            before = values()
-            real()
-            seen.append((name, {n for n, v in values().items() if not v.equal(before[n])}))
-        optimizer.step = step
-    return seen
+        optimizer.step = watched(name, optimizer.step)
+    return notes
 
 
-def adam(*nets):
-    return torch.optim.Adam([p for net in nets for p in net.parameters()], 1e-3)
+def assert_same(a, b):
+    """Equal to the bit, through dicts and lists of tensors."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            assert_same(one, other)
+    elif isinstance(a, torch.Tensor):
+        assert a.equal(b)
+    else:
+        assert a == b

@@ -1,58 +1,91 @@
-"""Networks trained epoch by epoch (step 2 and the baselines) end, after Ctrl-C and --resume, where they would have without."""
+"""A run that was stopped ends, with --resume, bit for bit where it would have ended without."""
+
 import csv
+import importlib
+import json
 import os
 import signal
 
+import shared
+
 import pytest
 import torch
-from conftest import ROOT, assert_same, train_here
-
-import aae
-import aae_semi_supervised
-import alae_mnist
-import autoencoder_mnist
-import bigan_mnist
-import gan_mnist
-import latent_regressor_mnist
-import shared
-import vae_gan
-
-FILES = {module.__name__: module for module in (
-    aae, aae_semi_supervised, alae_mnist, autoencoder_mnist, bigan_mnist, gan_mnist, latent_regressor_mnist, vae_gan)}
+from conftest import assert_same, train
+from test_form import TRAINED
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_ctrl_c_in_an_epoch_saves_and_resumes(name, bare, tmp_path, monkeypatch, capsys):
-    module, tick = FILES[name], shared.Run.tick
-    extra = ["--smoke", "--epochs", "2", "--batch-size", "128", "--out-dir", str(tmp_path)]
-    train_here(monkeypatch, module, *extra, "--run-name", "straight")
-    folder = tmp_path / name / "stopped"
+def load(folder, name="checkpoint.pt"):
+    return torch.load(folder / name, weights_only=True)
 
-    def tick_then_signal(run, *args):
-        tick(run, *args)
-        if run.at["steps"] == steps + 2:  # the second step of the second epoch
+
+def rows(folder):
+    table = list(csv.DictReader((folder / "metrics.csv").open()))
+    return [{k: v for k, v in row.items() if k != "perf/images_per_s"} for row in table]
+
+
+def stop_after(monkeypatch, steps):
+    """Ctrl-C after so many training steps."""
+    step, done = shared.Run.step, []
+
+    def step_then_stop(run, *arguments):
+        step(run, *arguments)
+        done.append(1)
+        if len(done) == steps:
             os.kill(os.getpid(), signal.SIGINT)
-    steps = torch.load(tmp_path / name / "straight/checkpoint.pt", weights_only=True)["run"]["steps"] // 2
-    with monkeypatch.context() as patch:
-        patch.setattr(shared.Run, "tick", tick_then_signal)
-        with pytest.raises(SystemExit) as stop:
-            train_here(patch, module, *extra, "--run-name", "stopped")
-    assert stop.value.code == 130 and f"--resume {folder / 'checkpoint.pt'}" in capsys.readouterr().err
-    train_here(monkeypatch, module, "--resume", str(folder / "checkpoint.pt"))
-    a, b = (torch.load(tmp_path / name / run / "checkpoint.pt", weights_only=True) for run in ("straight", "stopped"))
-    for part in a.keys() - {"config", "run"}:
+
+    monkeypatch.setattr(shared.Run, "step", step_then_stop)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in TRAINED])
+def test_stopped_and_resumed_is_as_if_never_stopped(name, cheap, tmp_path, monkeypatch, capsys):
+    module = importlib.import_module(name)
+    how = ["--smoke", "--out-dir", tmp_path, "--seed", 5]
+    train(monkeypatch, module, *how, "--run-name", "straight")
+    straight, stopped = tmp_path / name / "straight", tmp_path / name / "stopped"
+    total = json.loads((straight / "summary.json").read_text())
+    steps = 60 if "steps" in total else 2 * (2000 // load(straight)["config"]["batch_size"])
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        stop_after(patch, steps - 1 if steps < 60 or "epochs" in total else 50)
+        train(patch, module, *how, "--run-name", "stopped")
+    assert stop.value.code == 130
+    checkpoint = stopped / "checkpoint.pt"
+    assert f"--resume {checkpoint}" in capsys.readouterr().err
+    assert json.loads((stopped / "summary.json").read_text())["status"] == "interrupted"
+    train(monkeypatch, module, "--resume", checkpoint)
+
+    a, b = load(straight), load(stopped)
+    for part in a.keys() - {"config", "history"}:
         assert_same(a[part], b[part])
-    rows = [list(csv.DictReader(open(tmp_path / name / run / "metrics.csv"))) for run in ("straight", "stopped")]
-    assert len(rows[0]) == 3 and [[r | {"perf/images_per_s": ""} for r in run] for run in rows][0] == [
-        r | {"perf/images_per_s": ""} for r in rows[1]]
+    assert rows(straight) == rows(stopped)
+    after = json.loads((stopped / "summary.json").read_text())
+    assert len(after["commands"]) == len(after["commits"]) == 2 and after["status"] == "done"
+    assert after["images_seen"] == total["images_seen"]
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_benchmark(name, tmp_path, monkeypatch, capsys):
-    train_here(monkeypatch, FILES[name], "--smoke", "--benchmark", "--out-dir", str(tmp_path))
-    words = capsys.readouterr().out.split()
-    assert float(words[words.index("images/s") - 1]) > 0 and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("name", [path.stem for path in TRAINED])
+def test_eval_measures_model_and_checkpoint_without_training(name, tmp_path, monkeypatch):
+    module = importlib.import_module(name)
+    seen = []
+    monkeypatch.setattr(shared.Run, "picture", lambda run, name, figure: None)
+    monkeypatch.setattr(shared, "code_metrics", lambda *_, **__: {})
+    monkeypatch.setattr(shared.Run, "finish", lambda run, metrics: seen.append((run, metrics)))
+    how = ["--smoke", "--out-dir", tmp_path]
+    train(monkeypatch, module, *how, "--run-name", "trained")
+    run, metrics = seen.pop()
+    run.save(run.nets, "model.pt")
+    for file in ("model.pt", "checkpoint.pt"):
+        path = tmp_path / name / "trained" / file
+        train(monkeypatch, module, "--eval", path, *how, "--run-name", f"eval-{file}")
+        again, found = seen.pop()
+        assert again.epoch == run.epoch and again.bar is None
+        assert found == pytest.approx(metrics, rel=1e-6)
 
 
-def test_layout():
-    assert {path.stem for folder in ("step2_gan", "baselines") for path in (ROOT / folder).glob("*.py")} == FILES.keys()
+@pytest.mark.parametrize("name", [path.stem for path in TRAINED])
+def test_no_epochs_evaluates_the_untrained_nets(name, cheap, tmp_path, monkeypatch):
+    module = importlib.import_module(name)
+    none = ["--steps", 0] if hasattr(module.Config, "steps") else ["--epochs", 0]
+    how = ["--smoke", "--out-dir", tmp_path, "--run-name", "untrained"]
+    train(monkeypatch, module, *how, *none)
+    assert load(tmp_path / name / "untrained", "model.pt")["epoch"] == 0
