@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import ChainMap
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -167,14 +168,12 @@ def fastest_exact_matmul(device):
 
 def hardware(device):
     """The GPU's name; or the processor's family, model and name, its cores and the threads used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
     cpu, pattern = Path("/proc/cpuinfo"), r"^(?:cpu family|model|model name)\s*: (.*)"
-    names = (
-        re.findall(pattern, cpu.read_text(), re.M)[:3] if cpu.exists() else [platform.processor()]
-    )
-    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"{' '.join(names)}, {threads}"
-    )
+    names = re.findall(pattern, cpu.read_text(), re.M)[:3] if cpu.exists() else []
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{' '.join(names) or platform.processor()}, {cores}"
 
 
 # Data
@@ -454,17 +453,15 @@ class Run:
         if not self.rows or self.rows[-1][self.unit] != self.epoch:
             self.rows.append({self.unit: self.epoch})
         self.rows[-1] |= metrics
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-
-        def save(path):
-            with open(path, "w", newline="") as file:
-                writer = csv.DictWriter(file, names)
-                writer.writeheader()
-                writer.writerows(self.rows)
-
-        write_file(self.dir / "metrics.csv", save)
+        write_file(self.dir / "metrics.csv", self._write_rows)
         self._summarize("running")
         self._mirror(lambda run: run.log(metrics, step=self.epoch))
+
+    def _write_rows(self, path):
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(ChainMap(*reversed(self.rows))))
+            writer.writeheader()
+            writer.writerows(self.rows)
 
     def is_due(self):
         """Whether to evaluate after this epoch; after the last one all is evaluated anyway."""
@@ -508,8 +505,7 @@ class Run:
         self.history["wall_s"] = round(time.time() - self.start, 1)
         self.summary = self.facts | {f"{self.unit}s": self.epoch, "status": status}
         self.summary |= {name: self.history[name] for name in ("images_seen", "wall_s")}
-        for row in self.rows:
-            self.summary |= {name: value for name, value in row.items() if name != self.unit}
+        self.summary |= ChainMap(*reversed(self.rows))  # the last value of each
         self._write_json("summary.json", self.summary)
 
     def _interrupt(self, *_):
@@ -683,9 +679,10 @@ def grid(images, columns, title, rows=()):
 
 def pairs(images, reconstructions, title, columns=10):
     """A figure of up to 50 images (N, C, H, W), each row above that of their reconstructions."""
-    n = min(50, len(images)) // columns * columns
-    both = torch.stack([images[:n], reconstructions[:n]]).unflatten(1, (-1, columns))
-    return grid(both.transpose(0, 1).flatten(0, 2), columns, title, ["x", "rec."] * (n // columns))
+    lines = min(50, len(images)) // columns
+    both = torch.stack([images[: lines * columns], reconstructions[: lines * columns]])
+    both = both.unflatten(1, (lines, columns)).transpose(0, 1).flatten(0, 2)
+    return grid(both, columns, title, ["x", "rec."] * lines)
 
 
 def curves(rows, unit, title):

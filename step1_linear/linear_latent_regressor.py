@@ -1,63 +1,78 @@
-"""Linear latent regressors, LR and joint LR: a GAN of matrices and an encoder that inverts it, and how they come to PCA.
+"""Linear latent regressors, LR and joint LR: a GAN of matrices and an encoder that inverts it.
 
-G: z → x, E: x → z are matrices, z ~ N(0, I), x (d) is centred with covariance Σ = VΛVᵀ; D: x → ℝ. As BiGAN's authors
-define them (arXiv 1605.09782 §4), everything updated once per iteration:
+G: z → x, E: x → z are matrices, z ~ N(0, I), x (d) is centred with covariance Σ = VΛVᵀ; D: x → ℝ.
+As BiGAN's authors define them (arXiv 1605.09782 §4), everything updated once per iteration:
 
     D   minimises  softplus(D(G z)) + softplus(−D(x)) + γ/2 ‖∇ₓ D(x)‖²
     G   minimises  softplus(−D(G z)), and in joint LR also a quarter of E's error
     E   minimises  ‖z − E G z‖² + ρ ‖E‖²
 
-A linear critic finds nothing in centred data (linear_alae.py says why). A quadratic one, D(x) = xᵀAx + c, compares Σ with
-GGᵀ. Take softplus's slope ½ at 0. Against R1 the best A is A_ab = (Σ − GGᵀ)_ab / 4γ(λ_a + λ_b) in the eigenbasis.
-At G = VΛ^½ (k leading eigenvectors) A is 1/8γ on each direction j outside, which pulls G there, and 0 inside; but if a
-column of G turns by ε from i to j, A_ij answers, and the net force on ε is −ε/8γ · (λᵢ − λⱼ)/(λᵢ + λⱼ): back, if λᵢ > λⱼ.
-So PCA is what attracts, as fast for small eigenvalues as for large ones, provided that D answers faster than G moves.
-Hence G's smaller learning rate; with D's, at k = 50 on --split val, LR ends 7 to 14 % above PCA instead of 1 %.
-E only ever sees G z: off the span of G its initial weights would stay. The ridge ρ, which is what noise of variance ρ on
-E's input amounts to, removes them; it shortens E G by at most ρ/λ_k.
+A linear critic finds nothing in centred data (linear_alae.py says why). A quadratic one,
+D(x) = xᵀAx + c, compares Σ with GGᵀ. Take softplus's slope ½ at 0. Against R1 the best A is
+A_ab = (Σ − GGᵀ)_ab / 4γ(λ_a + λ_b) in the eigenbasis. At G = VΛ^½ (k leading eigenvectors) A is
+1/8γ on each direction j outside, which pulls G there, and 0 inside; but if a column of G turns by
+ε from i to j, A_ij answers, and the net force on ε is −ε/8γ · (λᵢ − λⱼ)/(λᵢ + λⱼ): back, if
+λᵢ > λⱼ. So PCA is what attracts, as fast for small eigenvalues as for large ones, provided that D
+answers faster than G moves: hence G's smaller learning rate.
 
-    python step1_linear/linear_latent_regressor.py             # LR on MNIST, k = 10; --k 50 for 50 components
+E only ever sees G z: off the span of G its initial weights would stay. The ridge ρ, which is what
+noise of variance ρ on E's input amounts to, removes them; it shortens E G by at most ρ/λ_k.
+
+    python step1_linear/linear_latent_regressor.py             # LR on MNIST, k = 10; or --k 50
     python step1_linear/linear_latent_regressor.py --joint     # JLR
 
-Result to expect (MNIST, seeds 0 to 2, AMD EPYC, 21 to 62 s on one core): test MSE over PCA's for LR 1.001 at k = 10 and
-1.006 to 1.021 at k = 50, for JLR 1.0005 and 1.002 to 1.003.
+Expect (seeds 0 to 2, test MSE over PCA's): LR 1.001 at k = 10, 1.006 to 1.021 at k = 50; JLR 1.0005
+and 1.002 to 1.003.
 
-That PCA is the optimum of a linear G against a quadratic critic is due to Feizi et al. (arXiv 1710.10793).
-
-Deviations from the paper: 1. Linear G and E without bias, a quadratic critic (of rank 4k, not d as above), R1 and
-    z ~ N(0, I) in place of weight decay and uniform z. 2. The ridge ρ. 3. A squared error for E, no cross-entropy.
+That PCA is the optimum of a linear G against a quadratic critic is due to Feizi et al. (arXiv
+1710.10793). Deviations from BiGAN's paper:
+ 1. Linear G and E without bias, a quadratic critic (of rank 4k, not d as above), R1 and
+    z ~ N(0, I) in place of weight decay and uniform z.
+ 2. The ridge ρ.
+ 3. A squared error for E, no cross-entropy.
  4. x is scaled to the energy of z, ⟨‖x‖²⟩ = k, and the learning rates fall linearly to 1 %.
 """
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import shared
+from shared import option
+
 import torch
 from torch import nn
 from torch.nn.functional import softplus
 
-import shared
-from shared import option
-
-LOSSES = ("train/L_adv_D", "train/r1", "train/L_adv_G", "train/L_err_E")
-
 
 @dataclass
 class Config(shared.Protocol):
-    dataset: str = option("mnist", "an image dataset, or swiss_roll or sine_sheet (toys in 3-D)")
+    dataset: str = option("mnist", "an image dataset, or a toy in 3-D: swiss_roll, sine_sheet")
     joint: bool = option(False, "JLR: E's error also reaches G")
     k: int = option(10, "dimension of z", low=1)
-    steps: int = option(6000, "training steps (ours)", low=1)
+    steps: int = option(6000, "training steps (ours)", low=0)
     batch_size: int = option(256, "images per step (ours; paper: 128)", low=1)
-    lr: float = option(0.002, "learning rate of D and E at the start (ours; paper: 0.0002)", low=1e-9)
+    lr: float = option(0.002, "rate of D and E at the start (ours; paper: 0.0002)", low=1e-9)
     lr_generator: float = option(0.0005, "learning rate of G at the start (ours)", low=1e-9)
-    critic: str = option("quadratic", "D: x → ℝ (ours)", choices=("linear", "quadratic"))
+    critic: str = option("quadratic", "D: x → ℝ (ours)", ("linear", "quadratic"))
     gamma: float = option(2.0, "weight γ of R1 (ours)", low=0)
-    joint_weight: float = option(0.25, "weight of E's error for G in JLR (BiGAN's code)", low=0)
+    joint_weight: float = option(0.25, "of E's error for G in JLR (BiGAN's code)", low=0)
     ridge: float = option(0.01, "weight ρ of ‖E‖² (ours)", low=0)
     eval_every: int = option(200, "steps between evaluations", low=1)
-    resume: str = option("", "checkpoint.pt to go on from")
+
+
+class Scaling(nn.Module):
+    """Pixels → the x that the maps see: scale · (x − mean)."""
+
+    def __init__(self, mean, scale):
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def forward(self, x):
+        return (x - self.mean) * self.scale
 
 
 class Quadratic(nn.Module):
@@ -65,30 +80,54 @@ class Quadratic(nn.Module):
 
     def __init__(self, d, m):
         super().__init__()
-        self.B1, self.B2, self.c = nn.Linear(d, m, bias=False), nn.Linear(d, m, bias=False), nn.Parameter(torch.zeros(()))
+        self.B1 = nn.Linear(d, m, bias=False)
+        self.B2 = nn.Linear(d, m, bias=False)
+        self.c = nn.Parameter(torch.zeros(()))
 
     def forward(self, x):
         return self.B1(x).square().sum(1) - self.B2(x).square().sum(1) + self.c
 
 
-def start(config, d, device):
-    """Maps G (d, k), E (k, d), critic D, and their optimizers."""
-    maps = nn.ParameterDict({"G": 0.1 * nn.Linear(config.k, d, bias=False).weight.detach(),
-                             "E": nn.Linear(d, config.k, bias=False).weight.detach()}).to(device)
-    D = (Quadratic(d, 2 * config.k) if config.critic == "quadratic" else nn.Sequential(nn.Linear(d, 1), nn.Flatten(0))).to(device)
+def build(config, x):
+    """Matrices G (d, k), E (k, d) and the critic D, for images x (N, d)."""
+    k, mean = config.k, x.mean(0)
+    energy = (x - mean).cpu().double().square().sum(1).mean().item()
+    G = nn.Linear(k, x.shape[1], bias=False)
+    G.weight.data.mul_(0.1)
+    E = nn.Linear(x.shape[1], k, bias=False)
+    if config.critic == "linear":
+        D = nn.Sequential(nn.Linear(x.shape[1], 1), nn.Flatten(0))
+    else:
+        D = Quadratic(x.shape[1], 2 * k)
+    scaling = Scaling(mean, (k / energy) ** 0.5)
+    return nn.ModuleDict({"scaling": scaling, "G": G, "E": E, "D": D})
 
-    def adam(parameters, lr):
-        return torch.optim.Adam([{"params": list(parameters), "lr": lr, "first_lr": lr}], betas=(0.0, 0.99), fused=True)
-    return {"maps": maps, "D": D, "opt_D": adam(D.parameters(), config.lr), "opt_G": adam([maps["G"]], config.lr_generator),
-            "opt_E": adam([maps["E"]], config.lr)}
+
+def adam(net, lr):
+    group = {"params": list(net.parameters()), "lr": lr, "first_lr": lr}
+    return torch.optim.Adam([group], betas=(0.0, 0.99), fused=True)
+
+
+def set_learning_rates(opts, config, step):
+    """Linearly from the first rates, at step 1, to a hundredth of them."""
+    share = 1 - 0.99 * (step - 1) / config.steps
+    for opt in opts.values():
+        for group in opt.param_groups:
+            group["lr"] = group["first_lr"] * share
 
 
 def L_adv_D(G, D, x, z, gamma):
     """D's loss on x (B, d), z (B, k), and R1, γ/2 ‖∇ₓ D(x)‖²."""
-    x = x.requires_grad_()
+    x = x.detach().requires_grad_()
     real = D(x)
-    gradient, = torch.autograd.grad(real.sum(), x, create_graph=True)
-    return softplus(D(z @ G.detach().T)).mean() + softplus(-real).mean(), gamma / 2 * gradient.square().sum(1).mean()
+    (gradient,) = torch.autograd.grad(real.sum(), x, create_graph=True)  # (B, d)
+    adversarial = softplus(D(z @ G.detach().T)).mean() + softplus(-real).mean()
+    return adversarial, gamma / 2 * gradient.square().sum(1).mean()
+
+
+def L_adv_G(G, D, z):
+    """softplus(−D(G z)), on z (B, k)."""
+    return softplus(-D(z @ G.T)).mean()
 
 
 def L_err(G, E, z):
@@ -96,126 +135,144 @@ def L_err(G, E, z):
     return (z - z @ (E @ G).T).square().sum(1).mean()
 
 
-def train_step(parts, x, config):
-    """One update of D, G and E on x (B, d). Returns the LOSSES."""
-    (G, E), D = (parts["maps"][name] for name in "GE"), parts["D"]
-    z = torch.randn(3, len(x), config.k, device=x.device)
+def train_step(nets, opts, x, config):
+    """One update of D, G and E on x (B, d)."""
+    G, E, D = nets["G"].weight, nets["E"].weight, nets["D"]
+    z = torch.randn(3, len(x), config.k, device=x.device)  # fresh for each of them
 
     adv_D, r1 = L_adv_D(G, D, x, z[0], config.gamma)
-    parts["opt_D"].zero_grad()
+    nets.zero_grad()
     (adv_D + r1).backward()
-    parts["opt_D"].step()
+    opts["opt_D"].step()
 
-    adv_G = softplus(-D(z[1] @ G.T)).mean()
-    parts["opt_G"].zero_grad()
-    (adv_G + config.joint_weight * L_err(G, E.detach(), z[1]) if config.joint else adv_G).backward()
-    parts["opt_G"].step()
+    adv_G = L_adv_G(G, D, z[1])
+    loss_G = adv_G
+    if config.joint:
+        loss_G = adv_G + config.joint_weight * L_err(G, E.detach(), z[1])
+    nets.zero_grad()
+    loss_G.backward()
+    opts["opt_G"].step()
 
     err = L_err(G.detach(), E, z[2])
-    parts["opt_E"].zero_grad()
+    nets.zero_grad()
     (err + config.ridge * E.square().sum()).backward()
-    parts["opt_E"].step()
-    return torch.stack([adv_D, r1, adv_G, err]).detach()
+    opts["opt_E"].step()
+
+    losses = {"L_adv_D": adv_D, "r1": r1, "L_adv_G": adv_G, "L_err_E": err}
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
-def mse(E, G, S):
-    """Mean over images and pixels of (x − GEx)², x centred with covariance S (d, d); E (k, d), G (d, k)."""
+class Data(NamedTuple):
+    """Images, and what one needs to compare with PCA, in float64 on the CPU."""
+
+    images: shared.Data
+    train: tuple  # mean (d,) and covariance (d, d) of the training images
+    test: tuple  # the same of the test images
+    pca: tuple  # of the training images, as maps(nets): Vᵀ (k, d), V (d, k), mean (d,)
+
+
+def moments(x):
+    mean = x.mean(0)
+    centred = (x - mean).cpu().double()
+    return mean.cpu().double(), centred.T @ centred / len(x)
+
+
+def load(config, device):
+    images = shared.load_data(config, device, toys=True)
+    mean, S = moments(images.x_train)
+    values, vectors = torch.linalg.eigh(S)  # ascending
+    rank = int((values > 1e-9 * values[-1].clamp(min=1e-3)).sum())
+    if config.k >= rank:
+        shared.fail(f"--k {config.k}: the data spans {rank} dimensions, choose less")
+    if config.batch_size > len(images.x_train):
+        shared.fail(f"--batch-size {config.batch_size} is larger than the training data")
+    V = vectors.flip(1)[:, : config.k]
+    return Data(images, (mean, S), moments(images.x_test), (V.T, V, mean))
+
+
+def maps(nets):
+    """E (k, d), G (d, k) and mean (d,) for pixels: x̂ = mean + G E (x − mean)."""
+    state = {name: t.cpu().double() for name, t in nets.state_dict().items()}
+    scale = state["scaling.scale"]
+    return state["E.weight"] * scale, state["G.weight"] / scale, state["scaling.mean"]
+
+
+def reconstruct(x, E, G, mean):
+    return mean.to(x) + (x - mean.to(x)) @ E.T.to(x) @ G.T.to(x)
+
+
+def mse(E, G, mean, moments):
+    """Mean over images and pixels of (x − x̂)², from the images' moments."""
+    offset = moments[0] - mean
+    S = moments[1] + offset.outer(offset)  # about the maps' mean
     ES = E @ S
     return (S.trace() - 2 * (ES * G.T).sum() + ((G.T @ G) * (ES @ E.T)).sum()).item() / len(S)
 
 
-def evaluate(E, G, V, S, S_test):
-    """x̂ = mean + G E (x − mean) against PCA, whose k leading eigenvectors are V (d, k); all in float64."""
-    row = {"mse_train": mse(E, G, S), "mse_test": mse(E, G, S_test)}
-    best = {"mse_train": mse(V.T, V, S), "mse_test": mse(V.T, V, S_test)}
-    row |= {"ratio": row["mse_train"] / best["mse_train"], "ratio_test": row["mse_test"] / best["mse_test"]}
-    row |= {"explained": 100 * (1 - row["mse_train"] * len(S) / S.trace().item())}  # % of the variance
-    row |= {f"pca_{key}": value for key, value in best.items()}
-    for name, W in (("E", E.T), ("G", G)):
-        row[f"angle_{name}"] = torch.linalg.svdvals(torch.linalg.qr(W)[0].T @ V).clamp(max=1).acos().max().item()
-    return {f"eval/{key}": value for key, value in row.items()}
+def evaluate(nets, data, config, full=False):
+    """Errors, the same of PCA, their ratio, and angles to PCA's subspace."""
+    E, G, mean = maps(nets)
+    V, variance = data.pca[1], data.train[1].trace().item() / len(mean)
+    metrics = {}
+    for name, part in (("train", data.train), ("test", data.test)):
+        metrics[f"eval/mse_{name}"] = mse(E, G, mean, part)
+        metrics[f"eval/pca_mse_{name}"] = mse(*data.pca, part)
+    metrics["eval/ratio"] = metrics["eval/mse_train"] / metrics["eval/pca_mse_train"]
+    metrics["eval/ratio_test"] = metrics["eval/mse_test"] / metrics["eval/pca_mse_test"]
+    metrics["eval/explained"] = 100 * (1 - metrics["eval/mse_train"] / variance)  # %
+    for name, basis in (("E", E.T), ("G", G)):
+        angles = torch.linalg.svdvals(torch.linalg.qr(basis)[0].T @ V).clamp(max=1).acos()
+        metrics[f"eval/angle_{name}"] = angles.max().item()
+        metrics[f"eval/angle_mean_{name}"] = angles.mean().item()
+    if full and data.images.shape is not None:
+        x_test = data.images.x_test
+        metrics |= shared.image_metrics(data.images, reconstruct(x_test, E, G, mean))
+    return metrics
 
 
-def draw(E, G, V, S, x, shape, mean, run):
-    """Curves; with images, x (n, d), also components and reconstructions, beside PCA's."""
-    rows, name = run.rows, "joint LR" if run.config.joint else "LR"
-    steps, title = [row["step"] for row in rows], f"Linear {name}, {run.config.dataset}, k = {run.config.k}"
-    run.picture("convergence", shared.curves({
-        "test MSE": {label: (steps, [row[f"eval/{key}"] for row in rows]) for label, key in (
-            (name, "mse_test"), ("PCA", "pca_mse_test"))},
-        "MSE / PCA's − 1": {label: (steps, [row[f"eval/{key}"] - 1 for row in rows]) for label, key in (
-            ("training images", "ratio"), ("test images", "ratio_test"))},
-        "largest angle to PCA's, rad": {label: (steps, [row[f"eval/angle_{label}"] for row in rows]) for label in "EG"}},
-        "steps", title, yscale="log"))
-    run.picture("losses", shared.curves({"loss": {key.removeprefix("train/"): (steps[1:], [row[key] for row in rows[1:]])
-                                                  for key in LOSSES}}, "steps", title, yscale="log"))
-    if shape:
-        Q, n = torch.linalg.qr(G)[0], min(10, run.config.k)
-        Q = Q @ torch.linalg.eigh(Q.T @ S @ Q)[1].flip(1)  # turned to the principal axes within the span of G
-        pictures = torch.cat([V[:, :n].T, (Q * (Q * V).sum(0).sign())[:, :n].T]).unflatten(1, shape)
-        run.picture("components", shared.grid(0.5 + pictures / (2 * pictures.abs().amax((1, 2, 3), keepdim=True)), n, title,
-                                              ["PCA", "span of G,\nits axes"]))
-        both = [x, mean + (x - mean) @ V @ V.T, mean + (x - mean) @ E.T @ G.T]
-        run.picture("reconstructions", shared.grid(torch.cat(both).unflatten(1, shape), len(x), title, ["x", "PCA", name]))
+def draw(run, data, config):
+    """At the end: components and reconstructions, beside PCA's."""
+    if data.images.shape is None or (run.is_due() and not config.eval):
+        return
+    E, G, mean = maps(run.nets)
+    V, S = data.pca[1], data.train[1]
+    name = "joint LR" if config.joint else "LR"
+    title = f"Linear {name}, {config.dataset}, k = {config.k}, step {run.epoch}"
+    Q = torch.linalg.qr(G)[0]
+    Q = Q @ torch.linalg.eigh(Q.T @ S @ Q)[1].flip(1)  # the principal axes in the span of G
+    Q = torch.where((Q * V).sum(0) < 0, -Q, Q)  # eigenvectors have no sign
+    axes = torch.cat([V.T[:10], Q.T[:10]])
+    images = data.images.images(0.5 + axes / (2 * axes.abs().amax(1, keepdim=True)))
+    run.picture("components", shared.grid(images, len(axes) // 2, title, ["PCA", "ours"]))
+    x = data.images.x_test[:12]
+    images = torch.cat([x, reconstruct(x, *data.pca), reconstruct(x, E, G, mean)])
+    images = data.images.images(images)
+    run.picture("reconstructions", shared.grid(images, len(x), title, ["x", "PCA", "ours"]))
 
 
 def main(config):
     device = shared.setup(config)
-    checkpoint = shared.load_checkpoint(config.resume, Config) if config.resume else None
-    if config.smoke:
-        config.steps, config.batch_size, config.eval_every = min(config.steps, 60), min(config.batch_size, 200), 20
-    x, _, x_test, _, shape = shared.load_vectors(config, device)
-    if config.k >= (most := min(x.shape)):
-        shared.fail(f"--k {config.k}: choose 1 to {most - 1}, below the data's dimension")
-    if config.batch_size > len(x):
-        shared.fail(f"--batch-size {config.batch_size} is larger than the data, {len(x)} images")
-    mean = x.mean(0)
-    S, S_test = (t.T @ t / len(t) for t in ((x - mean).cpu().double(), (x_test - mean).cpu().double()))
-    if S.trace() < 1e-9:
-        shared.fail(f"--dataset {config.dataset}: the images are all the same")
-    values, V = torch.linalg.eigh(S)
-    if config.k >= (rank := int((values > 1e-9 * values[-1]).sum())):
-        shared.fail(f"--k {config.k}: the data spans only {rank} dimensions, choose less")
-    V, scale = V.flip(1)[:, :config.k], (config.k / S.trace().item()) ** 0.5
-    x = (x - mean) * scale
+    data = load(config, device)
+    nets = build(config, data.images.x_train).to(device)
+    opts = {"opt_D": adam(nets["D"], config.lr), "opt_E": adam(nets["E"], config.lr)}
+    opts["opt_G"] = adam(nets["G"], config.lr_generator)
+    x_train = nets["scaling"](data.images.x_train)
+    parts = {"nets": nets} | opts
 
-    parts, first, losses = start(config, x.shape[1], device), 0, torch.zeros(len(LOSSES), device=device)
-    if checkpoint:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        first, losses = checkpoint["step"], checkpoint["losses"].to(device)
-    run = shared.Run(config, device, sum(p.numel() for name in ("maps", "D") for p in parts[name].parameters()), checkpoint,
-                     unit="step")
-
-    def maps():  # for unscaled x
-        E, G = (parts["maps"][name].detach().cpu().double() for name in "EG")
-        return E * scale, G / scale
-
-    if not checkpoint:
-        run.log({"step": 0} | evaluate(*maps(), V, S, S_test))
-    per_epoch = len(x) // config.batch_size
-    for step in range(first + 1, config.steps + 1):
-        epoch, done = divmod(step - 1, per_epoch)
-        if done == 0 or step == first + 1:
-            order = torch.Generator(device).manual_seed(1_000_003 * config.seed + epoch)
-            indices = shared.batches(len(x), config.batch_size, order, skip=done)
-        for group in (group for name in ("opt_D", "opt_G", "opt_E") for group in parts[name].param_groups):
-            group["lr"] = group["first_lr"] * (1 - 0.99 * (step - 1) / config.steps)
-        losses += train_step(parts, x[next(indices)], config)
-        n = (step - 1) % config.eval_every + 1  # steps since the last row
-        run.tick(config.batch_size, losses[-1] / n, config.steps)
-        if n == config.eval_every or step == config.steps:
-            run.log({"step": step} | {key: run.finite(loss / n) for key, loss in zip(LOSSES, losses)}
-                    | evaluate(*maps(), V, S, S_test))
-            losses.zero_()
-        if run.stop or step == config.steps:
-            run.save("checkpoint.pt", step=step, losses=losses, **{name: part.state_dict() for name, part in parts.items()})
-            run.stop and run.leave()
-    E, G = maps()
-    draw(E, G, V, S, x_test[:12].cpu().double(), shape, mean.cpu().double(), run)
-    run.save("model.pt", E=E, G=G, mean=mean.cpu())
-    E, G = E.to(x), G.to(x)
-    run.finish(**{"eval/recon_mse": shared.recon_mse(x_test, mean + (x_test - mean) @ E.T @ G.T)} if shape else {})
+    run = shared.Run(config, device, nets)  # its own
+    for row in run.epochs(parts):  # its own
+        for step, i in shared.step_batches(x_train, config, row):  # its own
+            set_learning_rates(opts, config, step)  # its own
+            losses = train_step(nets, opts, x_train[i], config)  # its own
+            run.step(losses, len(i))
+        run.log_losses()
+        if run.is_due():
+            run.log(evaluate(run.nets, data, config))
+            draw(run, data, config)
+        run.save(parts)
+    metrics = evaluate(run.nets, data, config, full=True)
+    draw(run, data, config)
+    run.finish(metrics)
 
 
 if __name__ == "__main__":

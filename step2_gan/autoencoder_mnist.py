@@ -1,72 +1,74 @@
-"""Autoencoders that do compare pixels, with ALAE's E and G: AE(l1), AE(l2), a denoising autoencoder, and a VAE.
+"""Autoencoders that do compare pixels, with ALAE's E and G: AE(l1), AE(l2), a denoising one, a VAE.
 
-    l1, l2   min over E, G   E ‖x − G(E(x + σ ε))‖₁  or  ‖·‖₂²,  ε ~ N(0, I)          (ALAE, table 1; σ > 0: denoising)
-    bce      the same with the cross-entropy of pixels in [0, 1] and a sigmoid behind G   (where seed 002 begins)
-    vae      E −log p(x | z) + KL(q(z | x) ‖ N(0, I)), z = μ + s ε,  q = N(μ, diag s²), (μ, log s²) = E(x)
-             (arXiv 1312.6114, eq. 10; p Bernoulli, its cross-entropy taken of grey values)
+    l1, l2  min over E, G  E ‖x − G(E(x + σ ε))‖₁ or ‖·‖₂², ε ~ N(0, I)  (table 1; σ > 0: denoising)
+    bce     the same with the cross-entropy of pixels in [0, 1] and a sigmoid behind G, as
+            github.com/fducau/AAE_pytorch has it
+    vae     E −log p(x | z) + KL(q(z | x) ‖ N(0, I)),  z = μ + s ε,  q = N(μ, diag s²),
+            (μ, log s²) = E(x)  (arXiv 1312.6114, eq. 10; p Bernoulli, of grey values)
 
-    python step2_gan/autoencoder_mnist.py                      # AE(l2), 20 epochs
-    python step2_gan/autoencoder_mnist.py --loss vae           # the VAE that gan_mnist.py is compared with
+    python step2_gan/autoencoder_mnist.py               # AE(l2), 20 epochs, 4 minutes on one core
+    python step2_gan/autoencoder_mnist.py --loss vae    # the VAE that gan_mnist.py is compared with
     python step2_gan/autoencoder_mnist.py --loss bce --noise 0.5
-    python step2_gan/autoencoder_mnist.py --epochs 400         # as long as BiGAN's paper trains its methods
 
-Result to expect (20 epochs, test images, seeds 0 and 1; AMD EPYC, one core, 3 to 5 minutes; README has the tables): AE(l2):
-MSE 0.0053, 1-NN / SVM on short features 96.8 / 89.8 %, identity 99.2 %; VAE: 0.0081, 97.1 / 88.4 %, 98.1 %, LeNet-FID 145.
-With --split sw, seed 0, AE(l2)'s 1-NN is 97.3 %.
+Expect (20 epochs, test images, seeds 0, 1): AE(l2) MSE 0.0053, identity 99.2 %, SVM short 89.8 ±
+0.1 %; VAE 0.0081, 98.1 %, 88.4 ± 0.2 %, LeNet-FID 145.
 
-Deviations from the paper's comparison (ALAE §6.1, BiGAN §4.2), whose autoencoders are not described in detail:
+Deviations from the paper's comparison (ALAE §6.1, BiGAN §4.2), which leaves its autoencoders open:
  1. E and G are ALAE's fully connected nets, leaky ReLU 0.2, without batch norm, He-initialised.
- 2. Adam 0.001, β = (0.9, 0.999), batch 128: PyTorch's defaults; BiGAN's code has no autoencoder.
- 3. A plain autoencoder has no prior. Its samples are G of a Gaussian with mean and covariance of the training codes.
- 4. The VAE's short features are μ; its reconstructions G(μ) and samples G(z) are the means of p, not draws from it.
+ 2. Adam 0.001, β = (0.9, 0.999), PyTorch's defaults, batch 128; BiGAN's code has no autoencoder.
+ 3. A plain autoencoder has no prior. Its samples are G of a Gaussian with mean and covariance of
+    the training codes.
+ 4. The VAE's short features are μ; its reconstructions G(μ) and samples G(z) are the means of p,
+    not draws from it.
 """
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import shared
+from shared import option
+
 import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-import shared
-from shared import option
-
 
 @dataclass
 class Config(shared.Protocol):
-    epochs: int = option(20, "passes over the training images (BiGAN §4.2: 400)", low=1)
+    epochs: int = option(20, "passes over the training images (BiGAN §4.2: 400)", low=0)
     batch_size: int = option(128, "images per step (BiGAN §4.2)", low=1)
     lr: float = option(0.001, "learning rate of Adam (its default)", low=1e-9)
     latent_dim: int = option(50, "dimension of z (ALAE §6.1)", low=1)
-    loss: str = option("l2", "what is minimised", choices=("l1", "l2", "bce", "vae"))
+    loss: str = option("l2", "what is minimised", ("l1", "l2", "bce", "vae"))
     noise: float = option(0.0, "standard deviation σ of the noise on E's input", low=0)
-    eval_every: int = option(5, "epochs between cheap evaluations, and pictures", low=1)
-    references: bool = option(False, "score raw pixels and the untrained encoder too, for the tables (a minute)")
-    resume: str = option("", "checkpoint.pt to go on from")
-    benchmark: bool = option(False, "measure the speed of a training step, and stop")
 
 
 # B batch, Z = latent_dim, X = pixels (784), H = 1024
 
+
 def build(config, X):
-    """G and E as nn.Sequential; a VAE's E has 2Z outputs."""
+    """G: z (B, Z) → (B, X), E: x (B, X) → z; a VAE's E has 2Z outputs."""
     Z, H, leaky = config.latent_dim, 1024, nn.LeakyReLU(0.2)
+    outputs = 2 * Z if config.loss == "vae" else Z
     G = nn.Sequential(nn.Linear(Z, H), leaky, nn.Linear(H, H), leaky, nn.Linear(H, X))
-    E = nn.Sequential(nn.Linear(X, H), leaky, nn.Linear(H, H), leaky, nn.Linear(H, Z * (1 + (config.loss == "vae"))))
+    E = nn.Sequential(nn.Linear(X, H), leaky, nn.Linear(H, H), leaky, nn.Linear(H, outputs))
     for layer in (*G, *E):
         if isinstance(layer, nn.Linear):
-            nn.init.kaiming_normal_(layer.weight, 0.2), nn.init.zeros_(layer.bias)
+            nn.init.kaiming_normal_(layer.weight, 0.2)
+            nn.init.zeros_(layer.bias)
     return nn.ModuleDict({"G": G, "E": E})
 
 
 def KL(mu, log_var):
-    """KL(N(μ, diag s²) ‖ N(0, I)) = ½ Σ (μ² + s² − 1 − log s²) of each row of μ, log s² (B, Z); in nats (B,)."""
+    """KL(N(μ, diag s²) ‖ N(0, I)) = ½ Σ (μ² + s² − 1 − log s²) of each row of μ, log s² (B, Z); in
+    nats (B,)."""
     return 0.5 * (mu.square() + log_var.exp() - 1 - log_var).sum(1)
 
 
 def L_rec(out, x, loss):
-    """Reconstruction loss of G's output on x (B, X): mean over pixels for l1, l2, bce; nats per image for the VAE."""
+    """Of G's output on x (B, X): mean over pixels for l1, l2, bce; nats per image for the VAE."""
     if loss == "l1":
         return (out - x).abs().mean()
     if loss == "l2":
@@ -76,90 +78,107 @@ def L_rec(out, x, loss):
 
 
 def train_step(nets, optimizer, x, config):
-    """One update of E and G on x (B, X). Returns the LOSSES."""
-    code = nets["E"](x + config.noise * torch.randn_like(x) if config.noise else x)
+    """One update of E and G on x (B, X)."""
+    x_noisy = x
+    if config.noise > 0:
+        x_noisy = x + config.noise * torch.randn_like(x)
+    code = nets["E"](x_noisy)
     kl = torch.zeros((), device=x.device)
     if config.loss == "vae":
         mu, log_var = code.chunk(2, 1)  # (B, Z) each
-        code, kl = mu + (log_var / 2).exp() * torch.randn_like(mu), KL(mu, log_var).mean()
+        code = mu + (log_var / 2).exp() * torch.randn_like(mu)
+        kl = KL(mu, log_var).mean()
     rec = L_rec(nets["G"](code), x, config.loss)
+
     optimizer.zero_grad()
     (rec + kl).backward()
     optimizer.step()
-    return torch.stack([rec, kl]).detach()
+    losses = {"L_rec": rec.detach()}
+    if config.loss == "vae":
+        losses["KL"] = kl.detach()
+    return losses
 
 
-LOSSES = ("train/L_rec", "train/KL")
+def encode(nets, x, config):
+    """x (B, X) → z (B, Z), of a VAE the mean."""
+    return nets["E"](x)[:, : config.latent_dim]
 
 
-def maps(nets, config, x_train):
-    """What shared.evaluate and shared.draw look at."""
-    G, E, Z = nets["G"], nets["E"], config.latent_dim
-    sigmoid = nn.Sigmoid() if config.loss in ("bce", "vae") else nn.Identity()
+def decode(nets, z, config):
+    """z (B, Z) → x (B, X); for bce and vae in [0, 1]."""
+    out = nets["G"](z)
+    return out.sigmoid() if config.loss in ("bce", "vae") else out
 
-    def encode(x):
-        return E(x)[:, :Z]
 
-    def prior(n):
-        z = torch.randn(n, Z, generator=torch.Generator().manual_seed(0)).to(x_train.device)
-        if config.loss == "vae":
-            return z
-        codes = shared.in_chunks(E, x_train)
-        values, vectors = torch.linalg.eigh(codes.T.cov().view(Z, Z).cpu())  # unlike Cholesky's, good for a singular one
-        return codes.mean(0) + z @ (vectors * values.clamp(min=0).sqrt()).T.to(z)
-    return {"encode": encode, "decode": lambda z: sigmoid(G(z)), "prior": prior, "short": encode, "long": E[:4]}
+def prior(n, nets, data, config):
+    """Always the same z (n, Z): N(0, I) for a VAE, else with the training codes' moments."""
+    z = torch.randn(n, config.latent_dim, generator=torch.Generator().manual_seed(0))
+    z = z.to(data.x_train.device)
+    if config.loss == "vae":
+        return z
+    codes = shared.chunked(nets["E"], data.x_train)
+    covariance = codes.T.cov().view(config.latent_dim, -1).cpu()
+    values, vectors = torch.linalg.eigh(covariance)  # unlike Cholesky's, good for a singular one
+    return codes.mean(0) + z @ (vectors * values.clamp(min=0).sqrt()).T.to(z)
+
+
+def evaluate(nets, data, config, full=False):
+    def to_z(x):
+        return encode(nets, x, config)
+
+    def to_x(z):
+        return decode(nets, z, config)
+
+    short = shared.chunked(to_z, data.x_train), shared.chunked(to_z, data.x_test)
+    x_rec = shared.chunked(to_x, short[1])
+    x_fake = shared.chunked(to_x, prior(10_000, nets, data, config))
+    metrics = shared.image_metrics(data, x_rec, x_fake)
+    metrics |= shared.code_metrics(data, *short, "short", full)
+    if full:
+        E = nets["E"]
+        long = shared.chunked(E[:4], data.x_train), shared.chunked(E[:4], data.x_test)
+        metrics |= shared.code_metrics(data, *long, "long")
+    return metrics
+
+
+@torch.no_grad()
+def draw(run, data, config):
+    """Samples, reconstructions, and ways between two codes."""
+    x, title = data.x_test[:50], f"AE({config.loss}), epoch {run.epoch}"
+
+    def images(z):
+        return data.images(decode(run.nets, z, config))
+
+    samples = images(prior(100, run.nets, data, config))
+    run.picture("samples", shared.grid(samples, 10, f"{title}: samples"))
+    codes = encode(run.nets, x, config)  # (50, Z)
+    pairs = shared.pairs(data.images(x), images(codes), f"{title}: test images x and G(E(x))")
+    run.picture("reconstructions", pairs)
+    t = torch.linspace(0, 1, 10, device=x.device)[:, None]
+    between = images(codes[:8, None].lerp(codes[8:16, None], t).flatten(0, 1))
+    run.picture("interpolations", shared.grid(between, 10, f"{title}: between two codes"))
 
 
 def main(config):
     device = shared.setup(config)
-    checkpoint = shared.load_checkpoint(config.resume, Config) if config.resume else None
-    data = shared.load_vectors(config, device, toys=False)
-    x_train, X = data[0], data[0].shape[1]
-    if config.smoke:
-        config.epochs = min(config.epochs, 2)
-    if config.latent_dim > X:
-        shared.fail(f"--latent-dim {config.latent_dim} is larger than the data, {X} pixels")
-    if (steps := len(x_train) // config.batch_size) == 0:
-        shared.fail(f"--batch-size {config.batch_size} is larger than the data, {len(x_train)} images")
-
-    nets = build(config, X).to(device)
+    data = shared.load_data(config, device)
+    nets = build(config, data.x_train.shape[1]).to(device)
     optimizer = torch.optim.Adam(nets.parameters(), config.lr, fused=True)
-    if config.benchmark:
-        return shared.benchmark(lambda: train_step(nets, optimizer, x_train[:config.batch_size], config),
-                                config.batch_size, config)
-    first, losses = 0, torch.zeros(len(LOSSES), device=device)  # steps behind us in this epoch, and their losses
-    if checkpoint:
-        nets.load_state_dict(checkpoint["nets"]), optimizer.load_state_dict(checkpoint["optimizer"])
-        first, losses = checkpoint["step"], checkpoint["losses"].to(device)
-    run = shared.Run(config, device, sum(p.numel() for p in nets.parameters()), checkpoint)
-    seen = maps(nets, config, x_train)
+    parts = {"nets": nets, "optimizer": optimizer}
 
-    def save(step):
-        run.save("checkpoint.pt", step=step, losses=losses, nets=nets.state_dict(), optimizer=optimizer.state_dict())
-
-    if not checkpoint:
-        run.log({"epoch": 0} | shared.untrained(config, data, seen))
-    for epoch in range(run.done + 1, config.epochs + 1):
-        order = torch.Generator(device).manual_seed(1_000_003 * config.seed + epoch)
-        for step, i in enumerate(shared.batches(len(x_train), config.batch_size, order, skip=first), first + 1):
-            losses += train_step(nets, optimizer, x_train[i], config)
-            run.tick(config.batch_size, losses[0] / step, config.epochs * steps)
-            if run.stop:
-                save(step)
-                run.leave()
-        row = {"epoch": epoch} | {name: run.finite(loss / steps) for name, loss in zip(LOSSES, losses)}
-        config.loss == "vae" or row.pop("train/KL")
-        first, losses = 0, torch.zeros_like(losses)
-        if looked := epoch % config.eval_every == 0 or epoch == config.epochs:
-            row |= shared.evaluate(config, data, seen, full=False)
-        run.log(row)
-        save(0)
-        if looked:
-            shared.draw(run, data, seen, {"loss": LOSSES, "reconstruction MSE": ["eval/recon_mse"],
-                                          "1-NN accuracy on E(x), %": ["eval/knn_acc_short"]}, f"AE({config.loss})")
-
-    run.save("model.pt", **{name: net.state_dict() for name, net in nets.items()})
-    run.finish(**shared.evaluate(config, data, seen, full=True))
+    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)  # its own
+    for epoch in run.epochs(parts):
+        for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
+            losses = train_step(nets, optimizer, data.x_train[i], config)  # its own
+            run.step(losses, len(i))
+        run.log_losses()
+        if run.is_due():
+            run.log(evaluate(run.nets, data, config))
+            draw(run, data, config)
+        run.save(parts)
+    metrics = evaluate(run.nets, data, config, full=True)
+    draw(run, data, config)
+    run.finish(metrics)
 
 
 if __name__ == "__main__":

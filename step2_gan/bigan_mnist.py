@@ -1,54 +1,57 @@
-"""Bidirectional GAN (BiGAN), arXiv 1605.09782, in the permutation-invariant MNIST setting of its §4.2.
+"""Bidirectional GAN (BiGAN), arXiv 1605.09782, in the permutation-invariant MNIST setting of §4.2.
 
-A discriminator D of pairs tells (x, E(x)) from (G(z), z). Against the best D, E and G minimise a Jensen-Shannon divergence
-of the two joint distributions, and only inverse maps reach its minimum (its §3), so that E inverts G though nothing compares
-x with G(E(x)). With D's logits, z ~ U[−1, 1]⁵⁰, all nets updated at once on the same batch:
+A discriminator D of pairs tells (x, E(x)) from (G(z), z). Against the best D, E and G minimise a
+Jensen-Shannon divergence of the two joint distributions, and only inverse maps reach its minimum
+(§3), so that E inverts G though nothing compares x with G(E(x)). With D's logits, z ~ U[−1, 1]⁵⁰,
+all nets updated at once on the same batch:
 
-    D      minimises   L_D  = softplus(−D(x, E(x))) + softplus(D(G(z), z))
-    E, G   minimise    L_EG = softplus(D(x, E(x))) + softplus(−D(G(z), z))        (its §3.4: the labels exchanged)
+    D     minimises  L_D  = softplus(−D(x, E(x))) + softplus(D(G(z), z))
+    E, G  minimise   L_EG = softplus(D(x, E(x))) + softplus(−D(G(z), z))  (§3.4: labels exchanged)
 
-    python step2_gan/bigan_mnist.py                                     # 25 epochs
-    python step2_gan/bigan_mnist.py --split sw --epochs 400             # as long as the paper
-    python step2_gan/bigan_mnist.py --resume runs/bigan_mnist/NAME/checkpoint.pt --epochs 400
+    python step2_gan/bigan_mnist.py               # 25 epochs, 11 minutes on one CPU core
+    python step2_gan/bigan_mnist.py --split sw --epochs 400          # as long as the paper
 
-Result to expect (--split sw, 25 epochs, seeds 0 and 1; AMD EPYC, one core, 8 minutes; README has the tables): 1-NN on short /
-long features 95.3 ± 0.5 / 96.1 ± 0.3 %; C's README has 95.41 / 96.28 % at that epoch. The first moves: seed 1 had 95.6 % at
-epoch 20 and ends at 94.9 %. Reconstructions are another digit about half of the time.
+Expect (--split sw, 25 epochs, seeds 0, 1): 1-NN short / long 95.3 ± 0.5 / 96.1 ± 0.3 %; the README
+of the paper's code has 95.41 / 96.28 % at that epoch.
 
-Deviations from the paper (P) or its code (C, github.com/jeffdonahue/bigan, train_mnist.sh):
- 1. P, C: 200 epochs, then 200 in which the learning rate decays exponentially to 1 %; here 25 by default, which fit a CPU
-    (--epochs 400 has the same schedule).
- 2. C: D's loss and that of E and G are halved, which Adam undoes but for ε and the relative weight decay.
+Deviations from the paper (P) or its code (C: github.com/jeffdonahue/bigan, train_mnist.sh):
+ 1. P, C: 200 epochs, then 200 in which the learning rate decays exponentially to 1 %; here 25 by
+    default, which fit a CPU (--epochs 400 has the same schedule).
+ 2. C: both losses are scaled down. Adam undoes that but for ε and the weight decay, which is
+    relatively stronger there. That matters at first: D's last layer starts at 0, and then weight
+    decay is all that moves the other layers.
  3. Reconstructions are G(2σ(E(x)) − 1), from a deterministic E, as in P's figures.
 """
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import shared
+from shared import option
+
 import torch
 from torch import nn
 from torch.nn.functional import leaky_relu, softplus
 
-import shared
-from shared import option
-
 
 @dataclass
 class Config(shared.Protocol):
-    epochs: int = option(25, "passes over the training images (train_mnist.sh: 400)", low=1)
+    epochs: int = option(25, "passes over the training images (train_mnist.sh: 400)", low=0)
     batch_size: int = option(128, "images per step (train_gan.py)", low=2)
-    lr: float = option(0.0002, "learning rate of Adam with β = (0.5, 0.999) (train_gan.py)", low=1e-9)
-    constant_epochs: int = option(200, "after these, lr falls exponentially, to 1 % in 200 more (train_mnist.sh)", low=0)
+    lr: float = option(
+        0.0002, "learning rate of Adam with β = (0.5, 0.999) (train_gan.py)", low=1e-9
+    )
+    constant_epochs: int = option(
+        200, "after these, lr falls exponentially, to 1 % in 200 more (train_mnist.sh)", low=0
+    )
     weight_decay: float = option(2.5e-5, "L2 penalty, in the gradient (train_gan.py)", low=0)
     latent_dim: int = option(50, "dimension of z (train_mnist.sh)", low=1)
-    eval_every: int = option(5, "epochs between cheap evaluations, and pictures", low=1)
-    references: bool = option(False, "score raw pixels and the untrained encoder too, for the tables (a minute)")
-    resume: str = option("", "checkpoint.pt to go on from")
-    benchmark: bool = option(False, "measure the speed of a training step, and stop")
 
 
 # B batch, Z = latent_dim, X = pixels (784), H = 1024
+
 
 def linear(fan_in, fan_out):
     layer = nn.Linear(fan_in, fan_out, bias=False)
@@ -56,42 +59,49 @@ def linear(fan_in, fan_out):
     return layer
 
 
+def norm(H):
+    """Batch norm without weights, whose running statistics are plain means: see settle."""
+    return nn.BatchNorm1d(H, eps=1e-8, momentum=None, affine=False)
+
+
 class Generator(nn.Module):
     """z (B, Z) → x (B, X) in [0, 1]; the second layer sees z again."""
 
     def __init__(self, Z, X, H=1024):
         super().__init__()
-        self.first = nn.Sequential(linear(Z, H), nn.BatchNorm1d(H, 1e-8, affine=False), nn.ReLU())
-        self.second, self.second_z = linear(H, H), linear(Z, H)
-        self.last = nn.Sequential(nn.BatchNorm1d(H, 1e-8, affine=False), nn.ReLU(), linear(H, X), nn.Sigmoid())
+        self.first = nn.Sequential(linear(Z, H), norm(H), nn.ReLU())
+        self.second = linear(H, H)
+        self.second_z = linear(Z, H)
+        self.last = nn.Sequential(norm(H), nn.ReLU(), linear(H, X), nn.Sigmoid())
 
     def forward(self, z):
         return self.last(self.second(self.first(z)) + self.second_z(z))
 
 
 class Discriminator(nn.Module):
-    """x (B, X), z (B, Z) → logits (B, 1); z enters at the second layer."""
+    """x (B, X), z (B, Z) → logits (B, 1); z enters at the second layer. The last starts at 0."""
 
     def __init__(self, Z, X, H=1024):
         super().__init__()
-        self.first, self.second, self.second_z = linear(X, H), linear(H, H), linear(Z, H)
-        self.last = nn.Sequential(nn.BatchNorm1d(H, 1e-8, affine=False), nn.LeakyReLU(0.2), linear(H, 1))
+        self.first = linear(X, H)
+        self.second = linear(H, H)
+        self.second_z = linear(Z, H)
+        self.last = nn.Sequential(norm(H), nn.LeakyReLU(0.2), linear(H, 1))
+        nn.init.zeros_(self.last[-1].weight)
 
     def forward(self, x, z):
         return self.last(self.second(leaky_relu(self.first(x), 0.2)) + self.second_z(z))
 
 
 def build(config, X):
-    """G, E, D; E gives logits, and the code is 2σ(E(x)) − 1."""
-    Z, H = config.latent_dim, 1024
-    E = nn.Sequential(linear(X, H), nn.LeakyReLU(0.2), linear(H, H), nn.BatchNorm1d(H, 1e-8, affine=False), nn.LeakyReLU(0.2),
-                      linear(H, Z))
-    nets = nn.ModuleDict({"G": Generator(Z, X), "E": E, "D": Discriminator(Z, X)})
-    nn.init.zeros_(nets["D"].last[-1].weight)
-    return nets
+    """G, E: x (B, X) → logits (B, Z) of a code, D."""
+    Z, H, leaky = config.latent_dim, 1024, nn.LeakyReLU(0.2)
+    E = nn.Sequential(linear(X, H), leaky, linear(H, H), norm(H), leaky, linear(H, Z))
+    return nn.ModuleDict({"G": Generator(Z, X), "E": E, "D": Discriminator(Z, X)})
 
 
 def to_code(logits):
+    """E's logits → z in [−1, 1]."""
     return 2 * logits.sigmoid() - 1
 
 
@@ -106,113 +116,119 @@ def L_EG(real, fake):
 
 
 def train_step(nets, opt_D, opt_EG, x, config):
-    """One update of D, and of E and G, from the same batch x (B, X). Returns the LOSSES."""
+    """One update of D, and of E and G, from the same batch x (B, X)."""
     G, E, D = nets["G"], nets["E"], nets["D"]
     z = torch.rand(len(x), config.latent_dim, device=x.device) * 2 - 1
-    real, fake = D(x, to_code(E(x))), D(G(z), z)  # two calls: each has its own batch statistics
-    loss_D, loss_EG = L_D(real, fake), L_EG(real, fake)
-    opt_D.zero_grad(), opt_EG.zero_grad()
+    real = D(x, to_code(E(x)))  # (B, 1); two calls: each has its own batch statistics
+    fake = D(G(z), z)
+    loss_D = L_D(real, fake)
+    loss_EG = L_EG(real, fake)
+
+    opt_D.zero_grad()
+    opt_EG.zero_grad()
     loss_D.backward(inputs=list(D.parameters()), retain_graph=True)
     loss_EG.backward(inputs=[*E.parameters(), *G.parameters()])
-    opt_D.step(), opt_EG.step()
-    return torch.stack([loss_D, loss_EG]).detach()
-
-
-LOSSES = ("train/L_D", "train/L_EG")
+    opt_D.step()
+    opt_EG.step()
+    return {"L_D": loss_D.detach(), "L_EG": loss_EG.detach()}
 
 
 def learning_rate(config, epoch):
-    """Constant, then falling exponentially, to 1 % in the 200th epoch after; for the epochs 1, 2, …"""
+    """Constant, then falling exponentially, to 1 % in the 200th epoch after."""
     return config.lr * 0.01 ** (max(0, epoch - config.constant_epochs) / 200)
 
 
+def set_lr(optimizers, lr):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+
 @torch.no_grad()
-def settle(nets, x_train, config, n=1000):
-    """Batch statistics for evaluation: their mean over n batches, always of the same images and z (train_mnist.sh)."""
+def settle(nets, x_train, config):
+    """Batch statistics for evaluation: their mean over 1,000 batches (train_mnist.sh), always of
+    the same images and z."""
+    for module in (*nets["G"].modules(), *nets["E"].modules()):
+        if isinstance(module, nn.BatchNorm1d):
+            module.reset_running_stats()
     generator = torch.Generator(x_train.device).manual_seed(0)
-    norms = [m for net in (nets["G"], nets["E"]) for m in net.modules() if isinstance(m, nn.BatchNorm1d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean
+    how = {"device": x_train.device, "generator": generator}
     nets.train()
-    for _ in range(20 if config.smoke else n):
-        nets["E"](x_train[torch.randint(len(x_train), (config.batch_size,), device=x_train.device, generator=generator)])
-        nets["G"](2 * torch.rand(config.batch_size, config.latent_dim, device=x_train.device, generator=generator) - 1)
+    for _ in range(20 if config.smoke else 1000):
+        i = torch.randint(len(x_train), (config.batch_size,), **how)
+        nets["E"](x_train[i])
+        nets["G"](2 * torch.rand(config.batch_size, config.latent_dim, **how) - 1)
 
 
-def maps(nets, config, x_train):
-    """What shared.evaluate and shared.draw look at; the short features are the logits (train_gan.py)."""
+def prior(n, config, device):
+    """Always the same z (n, Z)."""
+    generator = torch.Generator().manual_seed(0)
+    return 2 * torch.rand(n, config.latent_dim, generator=generator).to(device) - 1
+
+
+def evaluate(nets, data, config, full=False):
+    """The short features are E's logits (train_gan.py)."""
+    settle(nets, data.x_train, config)
+    nets.eval()
     G, E = nets["G"], nets["E"]
+    short = shared.chunked(E, data.x_train), shared.chunked(E, data.x_test)
+    x_rec = shared.chunked(G, to_code(short[1]))
+    x_fake = shared.chunked(G, prior(10_000, config, data.x_test.device))
+    metrics = shared.image_metrics(data, x_rec, x_fake)
+    metrics |= shared.code_metrics(data, *short, "short", full)
+    if full:
+        long = shared.chunked(E[:5], data.x_train), shared.chunked(E[:5], data.x_test)
+        metrics |= shared.code_metrics(data, *long, "long")
+    nets.train()
+    return metrics
 
-    def prior(n):
-        return 2 * torch.rand(n, config.latent_dim, generator=torch.Generator().manual_seed(0)).to(x_train.device) - 1
-    return {"encode": lambda x: to_code(E(x)), "decode": G, "prior": prior, "short": E, "long": E[:5]}
+
+@torch.no_grad()
+def draw(run, data, config):
+    """Samples, reconstructions, and ways between two codes; with evaluate's batch statistics."""
+    run.nets.eval()
+    G, E = run.nets["G"], run.nets["E"]
+    x, z = data.x_test[:50], prior(100, config, data.x_test.device)
+    title = f"BiGAN, epoch {run.epoch}"
+
+    run.picture("samples", shared.grid(data.images(G(z)), 10, f"{title}: samples"))
+    codes = to_code(E(x))  # (50, Z)
+    x_rec = data.images(G(codes))
+    pairs = shared.pairs(data.images(x), x_rec, f"{title}: test images x and G(E(x))")
+    run.picture("reconstructions", pairs)
+    t = torch.linspace(0, 1, 10, device=x.device)[:, None]
+    between = data.images(G(codes[:8, None].lerp(codes[8:16, None], t).flatten(0, 1)))
+    run.picture("interpolations", shared.grid(between, 10, f"{title}: between two codes"))
+    run.nets.train()
 
 
 def main(config):
     device = shared.setup(config)
-    checkpoint = shared.load_checkpoint(config.resume, Config) if config.resume else None
-    data = shared.load_vectors(config, device, toys=False)
-    x_train, X = data[0], data[0].shape[1]
-    if config.smoke:
-        config.epochs = min(config.epochs, 2)
-    if config.latent_dim > X:
-        shared.fail(f"--latent-dim {config.latent_dim} is larger than the data, {X} pixels")
-    if (steps := len(x_train) // config.batch_size) == 0:
-        shared.fail(f"--batch-size {config.batch_size} is larger than the data, {len(x_train)} images")
+    data = shared.load_data(config, device)
+    nets = build(config, data.x_train.shape[1]).to(device)
 
-    nets = build(config, X).to(device)
-    opt_D, opt_EG = (torch.optim.Adam(params, config.lr, (0.5, 0.999), weight_decay=config.weight_decay, fused=True)
-                     for params in (nets["D"].parameters(), [*nets["E"].parameters(), *nets["G"].parameters()]))
+    def adam(parameters):
+        how = {"weight_decay": config.weight_decay, "fused": True}
+        return torch.optim.Adam(parameters, config.lr, (0.5, 0.999), **how)
+
+    opt_D = adam(nets["D"].parameters())
+    opt_EG = adam([*nets["E"].parameters(), *nets["G"].parameters()])
     parts = {"nets": nets, "opt_D": opt_D, "opt_EG": opt_EG}
-    if config.benchmark:
-        return shared.benchmark(lambda: train_step(*parts.values(), x_train[:config.batch_size], config),
-                                config.batch_size, config)
-    first, losses = 0, torch.zeros(len(LOSSES), device=device)  # steps behind us in this epoch, and their losses
-    if checkpoint:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        first, losses = checkpoint["step"], checkpoint["losses"].to(device)
-    run = shared.Run(config, device, sum(p.numel() for p in nets.parameters()), checkpoint)
-    seen = maps(nets, config, x_train)
 
-    def save(step):
-        run.save("checkpoint.pt", step=step, losses=losses, **{name: part.state_dict() for name, part in parts.items()})
-
-    def look(measure, *args):
-        settle(nets, x_train, config)
-        nets.eval()
-        result = measure(config, data, seen, *args)
-        nets.train()
-        return result
-
-    if not checkpoint:
-        run.log({"epoch": 0} | look(shared.untrained))
-    for epoch in range(run.done + 1, config.epochs + 1):
-        for group in (*opt_D.param_groups, *opt_EG.param_groups):
-            group["lr"] = learning_rate(config, epoch)
-        order = torch.Generator(device).manual_seed(1_000_003 * config.seed + epoch)
-        for step, i in enumerate(shared.batches(len(x_train), config.batch_size, order, skip=first), first + 1):
-            losses += train_step(nets, opt_D, opt_EG, x_train[i], config)
-            run.tick(config.batch_size, losses[0] / step, config.epochs * steps)
-            if run.stop:
-                save(step)
-                run.leave()
-        row = {"epoch": epoch} | {name: run.finite(loss / steps) for name, loss in zip(LOSSES, losses)}
-        first, losses = 0, torch.zeros_like(losses)
-        if looked := epoch % config.eval_every == 0 or epoch == config.epochs:
-            row |= look(shared.evaluate, False)
-        run.log(row)
-        save(0)
-        if looked:
-            nets.eval()
-            shared.draw(run, data, seen, {"loss": LOSSES, "reconstruction MSE": ["eval/recon_mse"],
-                                          "1-NN accuracy on E(x), %": ["eval/knn_acc_short"]}, "BiGAN")
-            nets.train()
-
-    metrics = look(shared.evaluate, True)
-    run.save("model.pt", **{name: net.state_dict() for name, net in nets.items()})
-    run.finish(**metrics)
+    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)  # its own
+    for epoch in run.epochs(parts):
+        set_lr((opt_D, opt_EG), learning_rate(config, epoch))  # its own
+        for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
+            losses = train_step(nets, opt_D, opt_EG, data.x_train[i], config)  # its own
+            run.step(losses, len(i))
+        run.log_losses()
+        if run.is_due():
+            run.log(evaluate(run.nets, data, config))
+            draw(run, data, config)
+        run.save(parts)
+    metrics = evaluate(run.nets, data, config, full=True)
+    draw(run, data, config)
+    run.finish(metrics)
 
 
 if __name__ == "__main__":

@@ -179,7 +179,8 @@ def L_err_EG(E, G, w):
 
 def train_step(nets, opt_ED, opt_FG, x, config):
     """One iteration of algorithm 1 on x (B, X)."""
-    F, G, E, D = nets["F"], nets["G"], nets["E"], nets["D"]
+    F, G = nets["F"], nets["G"]
+    E, D = nets["E"], nets["D"]
     z = torch.randn(3, len(x), config.latent_dim, device=x.device)  # fresh for each step
 
     # Step I: the critic D∘E tells data from samples.

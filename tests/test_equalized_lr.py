@@ -1,91 +1,187 @@
-"""LREQAdam, run-time scaling and Adam with parameter groups are one trajectory; what is equalized."""
-import json
-import signal
+"""LREQAdam, run-time scaling and Adam with groups are one trajectory; what is equalized."""
 
-import pytest
-import torch
-from conftest import train_here
+import json
+import math
+
+import shared
 
 import equalized_lr as lr
-import shared
+import pytest
+import torch
 import train_fc_alae as alae
+from conftest import toy_data, train
+
+SMALL = lr.Config(latent_dim=5, exact_steps=20)
 
 
-class NoRun:
-    stop = False
+@pytest.fixture
+def narrow(monkeypatch):
+    """Layers of at most 64 units, for speed."""
+    layer = lr.Linear
+
+    def narrow_layer(fan_in, fan_out, *more, **options):
+        return layer(min(fan_in, 64), min(fan_out, 64), *more, **options)
+
+    monkeypatch.setattr(lr, "Linear", narrow_layer)
 
 
-SMALL = lr.Config(latent_dim=5, exact_batch=4, exact_steps=20)
-
-
-def test_three_ways_are_one_trajectory_but_for_epsilon():
+def test_three_ways_are_one_trajectory_but_for_epsilon(narrow):
     x = torch.rand(50, 20)
-    exact, usual = ({way: max(line) for way, line in lr.trajectories(SMALL, x, eps, NoRun).items()} for eps in (1e-30, 1e-8))
-    assert exact.keys() == {"runtime", "groups"} and max(exact.values()) < 1e-10
-    assert min(usual.values()) > 1e3 * max(exact.values())
+    far = {eps: lr.trajectories(SMALL, x, eps) for eps in (1e-30, 1e-8)}
+    exact = [max(distances) for distances in far[1e-30].values()]
+    usual = [max(distances) for distances in far[1e-8].values()]
+    assert far[1e-30].keys() == {"runtime", "groups"} and len(far[1e-30]["groups"]) == 20
+    assert 0 < max(exact) < 1e-10 and min(usual) > 1e3 * max(exact)
 
 
 def test_all_ways_start_from_the_same_weights():
-    w = [lr.weights(lr.start(way, SMALL, 20, "cpu", 0.002)["nets"]) for way in lr.WAYS]
-    for other in w[1:]:
-        for name in w[0]:
-            torch.testing.assert_close(w[0][name], other[name])
-    assert w[0]["G.2.weight"].std().item() == pytest.approx((2 / 1024) ** 0.5, rel=0.01)
+    nets, _ = lr.start(SMALL, 20, "cpu")
+    w = {way: lr.weights(nets[way]) for way in lr.WAYS}
+    for way in lr.WAYS:
+        for name in w["lreq"]:
+            torch.testing.assert_close(w[way][name], w["lreq"][name])
+    assert w["lreq"]["G.2.weight"].std().item() == pytest.approx((2 / 1024) ** 0.5, rel=0.01)
+    assert w["lreq"]["F.3.weight"].std().item() == pytest.approx((2 / 5) ** 0.5, rel=0.4)
+    stored = nets["runtime"]["F"][1].weight  # ŵ, whose standard deviation is 1/lrmul
+    assert stored.std().item() == pytest.approx(10, rel=0.4)
 
 
 def test_the_first_step_is_lr_times_lrmul_in_every_layer_under_equalization_alone():
-    x, z = torch.rand(64, 30, dtype=torch.float64), torch.randn(3, 64, 50, dtype=torch.float64)
+    config = lr.Config(lr_plain=0.002)
+    nets, opts = lr.start(config, 30, "cpu", eps=1e-30, dtype=torch.float64)
+    x = torch.rand(64, 30, dtype=torch.float64)
+    z = torch.randn(3, 64, 50, dtype=torch.float64)
     moved = {}
     for way in lr.WAYS:
-        parts = lr.start(way, lr.Config(), 30, "cpu", 0.002, 1e-30, torch.float64)
-        real, before, calls = parts["opt_ED"].step, lr.weights(parts["nets"]), []
-
-        def step():
-            real()
-            calls.append(lr.relative(lr.weights(parts["nets"]), before))
-        parts["opt_ED"].step = step
-        lr.train_step(*parts.values(), x, z, 10.0)
-        moved[way] = {name: value for name, value in calls[0].items() if name[0] in "ED" and name.endswith("weight")}
+        before, first = lr.weights(nets[way]), opts[f"{way} ED"]
+        opts[f"{way} ED"] = Once(first)
+        opts[f"{way} FG"] = Once(None)
+        lr.iterate(way, nets, opts, x, z, 10.0)
+        moved[way] = lr.relative(lr.weights(nets[way]), before)
     for way in ("lreq", "runtime", "groups"):
-        for name, value in moved[way].items():
-            assert value == pytest.approx(0.002 * (0.1 if name[0] == "D" else 1), rel=0.3), (way, name)
-    assert moved["plain"]["E.2.weight"] / moved["plain"]["E.0.weight"] == pytest.approx((1024 / 30) ** 0.5, rel=0.1)
+        for name in ("E.0", "E.2", "E.4", "D.0", "D.1"):
+            expected = 0.002 * (0.1 if name[0] == "D" else 1)
+            assert moved[way][f"{name}.weight"] == pytest.approx(expected, rel=0.3), (way, name)
+    wide, narrow = moved["plain"]["E.2.weight"], moved["plain"]["E.0.weight"]
+    assert wide / narrow == pytest.approx((1024 / 30) ** 0.5, rel=0.1)
+
+
+class Once:
+    """An optimizer whose first step counts, or none."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def zero_grad(self):
+        if self.optimizer:
+            self.optimizer.zero_grad()
+
+    def step(self):
+        if self.optimizer:
+            self.optimizer.step()
+        self.optimizer = None
 
 
 def test_lreq_adam_is_the_one_of_train_fc_alae():
     torch.manual_seed(0)
-    a, b = lr.Linear(6, 3, 0.1), alae.Linear(6, 3, 0.1)
-    b.double().load_state_dict(a.state_dict())
-    assert [p.c for p in a.parameters()] == pytest.approx([q.lr_equalization_coef for q in b.parameters()])
-    mine, theirs = lr.LREQAdam(a.parameters(), 0.01, eps=1e-3), alae.LREQAdam(b.parameters(), 0.01, eps=1e-3)
+    mine, theirs = lr.Linear(6, 3, 0.1), alae.Linear(6, 3, 0.1).double()
+    theirs.load_state_dict(mine.state_dict())
+    assert theirs.weight.c == pytest.approx(mine.weight.c) and theirs.bias.c == mine.bias.c == 0.1
+    optimizers = [lr.LREQAdam(mine.parameters(), 0.01, eps=1e-3)]
+    optimizers.append(alae.LREQAdam(theirs, lr=0.01, eps=1e-3))
     for _ in range(5):
-        for p, q in zip(a.parameters(), b.parameters()):
+        for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
             p.grad = q.grad = torch.randn_like(p)
-        mine.step(), theirs.step()
-    for p, q in zip(a.parameters(), b.parameters()):
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
 
-def test_resume_equals_no_interruption(bare, tmp_path, monkeypatch, capsys):
-    args = ["--smoke", "--epochs", "2", "--exact-steps", "1", "--lrs", "1e-4", "--batch-size", "100", "--out-dir", str(tmp_path), "--run-name"]
-    few = [part[:400] for part in shared.load_vectors(lr.Config(smoke=True), "cpu", toys=False)[:4]]
-    monkeypatch.setattr(shared, "load_vectors", lambda *_, **__: (*few, torch.Size((1, 28, 28))))
-    train_here(monkeypatch, lr, *args, "a")
-    tick = shared.Run.tick
+def test_an_iteration_is_that_of_train_fc_alae():
+    config = alae.Config(latent_dim=5)
+    torch.manual_seed(0)
+    theirs = alae.build(config, 30)
+    nets, opts = lr.start(SMALL, 30, "cpu")
+    nets["lreq"].load_state_dict(theirs.state_dict())
+    opt_ED = alae.LREQAdam(theirs["E"], theirs["D"], lr=0.002)
+    opt_FG = alae.LREQAdam(theirs["F"], theirs["G"], lr=0.002)
+    x = torch.rand(8, 30)
+    for step in range(2):
+        torch.manual_seed(step)
+        expected = alae.train_step(theirs, opt_ED, opt_FG, x, config)
+        torch.manual_seed(step)
+        z = torch.randn(3, 8, 5)
+        losses = lr.iterate("lreq", nets, opts, x, z, config.gamma)
+        for name, loss in losses.items():
+            torch.testing.assert_close(loss.detach(), expected[name])
+    before = dict(theirs.named_parameters())
+    for name, p in nets["lreq"].named_parameters():
+        torch.testing.assert_close(p, before[name], rtol=1e-4, atol=1e-5)
 
-    def tick_then_signal(run, *rest):
-        tick(run, *rest)
-        if run.at["steps"] == 6:  # in the second epoch
-            run._interrupt()
-    with monkeypatch.context() as patch:
-        patch.setattr(shared.Run, "tick", tick_then_signal)
-        before = signal.getsignal(signal.SIGINT)
-        with pytest.raises(SystemExit):
-            train_here(patch, lr, *args, "b")
-        signal.signal(signal.SIGINT, before)
-    assert "--resume" in capsys.readouterr().err
-    train_here(monkeypatch, lr, "--resume", str(tmp_path / "equalized_lr/b/checkpoint.pt"))
-    a, b = (json.loads((tmp_path / f"equalized_lr/{name}/summary.json").read_text()) for name in "ab")
-    train_here(monkeypatch, lr, "--resume", str(tmp_path / "equalized_lr/b/checkpoint.pt"))  # nothing left to do
-    same = [key for key in a if "/" in key and not key.endswith(("images_per_s", "ms_per_step"))]
-    assert len(same) > 20 and {key: a[key] for key in same} == {key: b[key] for key in same}
+
+def test_all_ways_see_the_same_z_and_have_losses_of_their_own():
+    nets, opts = lr.start(lr.Config(latent_dim=5), 20, "cpu")
+    torch.manual_seed(0)
+    losses = lr.train_step(nets, opts, torch.rand(8, 20), lr.Config(latent_dim=5))
+    assert len(losses) == 12 and not any(loss.requires_grad for loss in losses.values())
+    for name in ("L_adv_ED", "L_adv_FG", "L_err_EG"):
+        torch.testing.assert_close(
+            losses[f"groups/{name}"], losses[f"lreq/{name}"], rtol=1e-3, atol=0
+        )
+    assert losses["plain/L_err_EG"] != losses["lreq/L_err_EG"]
+
+
+def test_plain_adam_has_its_own_rate_and_the_presets_try_twenty_times_as_much_for_the_others():
+    for preset in lr.PRESETS:
+        config = shared.parse_config(lr.Config, lr.PRESETS, ["--preset", preset])
+        _, opts = lr.start(config, 20, "cpu")
+        assert opts["plain ED"].param_groups[0]["lr"] == config.lr_plain
+        assert opts["lreq FG"].param_groups[0]["lr"] == config.lr
+        if preset != "official":
+            assert config.lr == pytest.approx(20 * config.lr_plain)
+    chosen = json.loads(lr_run().read_text())
+    tried = {key: value for key, value in chosen.items() if key.startswith("plain/val_mse_lr_")}
+    best = min(tried, key=tried.get)
+    assert lr.Config().lr_plain == float(best.removeprefix("plain/val_mse_lr_"))
+
+
+def lr_run():
+    return shared.ROOT / "results/equalized_lr/mnist-seed0.json"
+
+
+def test_metrics_are_of_each_ways_own_nets(monkeypatch):
+    data = toy_data(name="mnist", size=784)
+    nets, _ = lr.start(lr.Config(), 784, "cpu")
+    monkeypatch.setattr(shared, "fid", lambda real, fake: fake.mean().item())
+    with torch.no_grad():
+        for i, way in enumerate(lr.WAYS):
+            for p in nets[way]["G"].parameters():
+                p.zero_()
+            bias = nets[way]["G"][-1].bias
+            bias.fill_(i / 8 / bias.scale)
+    metrics = lr.evaluate(nets, data, lr.Config(smoke=True), full=True)
+    for i, way in enumerate(lr.WAYS):
+        error = (data.x_test - i / 8).square().mean().item()
+        assert metrics[f"{way}/recon_mse"] == pytest.approx(error, rel=1e-4)
+        assert metrics[f"{way}/fid"] == pytest.approx(i / 8, abs=1e-6)
+    assert lr.evaluate(nets, data, lr.Config()).keys() == {f"{way}/recon_mse" for way in lr.WAYS}
+
+
+def test_a_run_measures_how_far_each_layer_moves_and_goes_on_bit_for_bit(
+    tmp_path, monkeypatch, cheap, narrow
+):
+    few = toy_data(200, 20, size=16)
+    monkeypatch.setattr(shared, "load_data", lambda *_: few)
+    given = ["--device", "cpu", "--batch-size", 100, "--exact-steps", 0, "--out-dir", tmp_path]
+    for name, epochs in (("a", 2), ("b", 1)):
+        train(monkeypatch, lr, *given, "--epochs", epochs, "--run-name", name)
+    checkpoint = tmp_path / "equalized_lr/b/checkpoint.pt"
+    train(monkeypatch, lr, "--resume", checkpoint, "--epochs", 2)
+    a, b = (
+        json.loads((tmp_path / f"equalized_lr/{name}/summary.json").read_text()) for name in "ab"
+    )
+    same = [key for key in a if "/" in key and not key.startswith("perf/")]
+    assert {key: a[key] for key in same} == {key: b[key] for key in same} and len(same) == 20
+    assert a["plain/update_ratio"] > 1.5 * a["lreq/update_ratio"] > 1
+    assert math.isfinite(a["train/plain/L_err_EG"])

@@ -50,7 +50,7 @@ def test_lreq_adam_is_the_official_formula():
     optimizer = alae.LREQAdam(layer, lr=0.002, eps=1e-3)  # an ε that shows
     for t in range(1, 8):
         for p, w_, v_ in zip(layer.parameters(), w, v, strict=True):
-            g = torch.randn_like(p) * (t != 4)  # one step without gradient
+            g = torch.zeros_like(p) if t == 4 else torch.randn_like(p)
             p.grad = g
             v_.copy_(0.99 * v_ + 0.01 * g**2)
             w_ -= 0.002 * p.c * (1 - 0.99**t) ** 0.5 * g / (v_.sqrt() + 1e-3)
@@ -133,17 +133,17 @@ def test_each_step_has_its_own_gradients_and_weights(monkeypatch):
     """The gradients that the optimizers see are those of the written losses, weights included."""
     config, nets, opt_ED, opt_FG = small(err_weight=0.25)
     found = []
-    for optimizer in (opt_ED, opt_FG):
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        optimizer.step = lambda params=params: found.append([p.grad.clone() for p in params])
+    ED = [*nets["E"].parameters(), *nets["D"].parameters()]
+    FG = [*nets["F"].parameters(), *nets["G"].parameters()]
+    opt_ED.step = lambda: found.append([p.grad.clone() for p in ED])
+    opt_FG.step = lambda: found.append([p.grad.clone() for p in FG])
     x = torch.rand(8, 20)
     torch.manual_seed(1)
     alae.train_step(nets, opt_ED, opt_FG, x, config)
     torch.manual_seed(1)
     z = torch.randn(3, 8, 5)
-    F, G, E, D = nets["F"], nets["G"], nets["E"], nets["D"]
-    ED = [p for group in opt_ED.param_groups for p in group["params"]]
-    FG = [p for group in opt_FG.param_groups for p in group["params"]]
+    F, G = nets["F"], nets["G"]
+    E, D = nets["E"], nets["D"]
     loss_I = alae.L_adv_ED(D, E, x, G(F(z[0])).detach(), config.gamma)[0]
     loss_III = 0.25 * alae.L_err_EG(E, G, F(z[2]))
     wanted = [
@@ -186,7 +186,12 @@ def test_decay_holds_the_rate_and_then_lets_it_fall_to_zero():
 
 def test_the_rate_falls_with_every_step_of_a_run(cheap, tmp_path, monkeypatch):
     shares = []
-    monkeypatch.setattr(alae, "learning_rate", lambda config, done: shares.append(done) or 0.001)
+
+    def note(config, done):
+        shares.append(done)
+        return 0.001
+
+    monkeypatch.setattr(alae, "learning_rate", note)
     how = ["--smoke", "--batch-size", 500, "--out-dir", tmp_path]
     train(monkeypatch, alae, *how)  # 2 epochs of 4 steps
     assert shares == pytest.approx([i / 8 for i in range(8)])

@@ -1,30 +1,31 @@
-"""Linear ALAE, latent regressors and their comparison: the arguments of the docstrings, on the shipped functions."""
-import json
-import os
-import signal
-import sys
+"""Linear ALAE, latent regressors and autoencoder: the arguments of the docstrings, and training."""
 
-import pytest
-import torch
-from torch import nn
-from torch.nn.functional import softplus
+import json
+
+import shared
 
 import compare_autoencoders
 import linear_alae as alae
+import linear_autoencoder as autoencoder
 import linear_latent_regressor as regressor
-import shared
+import pca_gd
+import pytest
+import sweep
+import torch
+from conftest import ROOT, assert_same, train
+from torch import nn
+from torch.nn.functional import softplus
 
 D, K, NU = 12, 3, 0.2
+FILES = (alae, regressor, autoencoder)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def float64():
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a Run has its own handlers
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def centred(n=400):
@@ -35,7 +36,7 @@ def centred(n=400):
 def whitened(n, k):
     """Rows whose mean is 0 and whose second moments are exactly I."""
     z = torch.randn(n, k)
-    return torch.linalg.qr(z - z.mean(0))[0] * n ** 0.5
+    return torch.linalg.qr(z - z.mean(0))[0] * n**0.5
 
 
 def eigen(x):
@@ -43,173 +44,285 @@ def eigen(x):
     return values.flip(0), vectors.flip(1)
 
 
-def parts(**options):
-    config = alae.Config(k=K, batch_size=50, init_G=1.0, **options)
-    return config, alae.start(config, D, "cpu")
+def linear_alae(x, **options):
+    config = alae.Config(**{"k": K, "batch_size": 50, "init_G": 1.0} | options)
+    return config, alae.build(config, x)
+
+
+def put(nets, E, G):
+    nets["E"].weight.data.copy_(E)
+    nets["G"].weight.data.copy_(G)
+
+
+def losses_of(nets, x, z, config):
+    """The losses of the three steps on the same x and z."""
+    F, G, E = (nets[name].weight for name in "FGE")
+    first = alae.L_adv_ED(F, G, E, nets["D"], x, z, config)
+    second = alae.L_adv_FG(F, G, E, nets["D"], z, config)
+    return sum(first), sum(second), alae.L_err_EG(F, G, E, z)
+
+
+def forces(nets, x, config):
+    """The largest gradient in each of the three steps, at exact second moments of z."""
+    E, G, B = nets["E"].weight, nets["G"].weight, nets["D"].B
+    found = []
+    moved = ([E, B], [G], [E, G])
+    for loss, of in zip(losses_of(nets, x, whitened(len(x), K), config), moved, strict=True):
+        gradients = torch.autograd.grad(loss, of, allow_unused=True)
+        found.append(max(g.abs().max().item() for g in gradients if g is not None))
+    return found
+
+
+# The arguments of linear_alae.py, line by line
 
 
 @pytest.mark.parametrize("mapping", ("identity", "linear"))
-def test_a_linear_critic_is_blind_at_zero(mapping):
-    config, p = parts(critic="linear", mapping=mapping)
-    nn.init.zeros_(p["D"][0].weight), nn.init.zeros_(p["D"][0].bias)
+def test_a_linear_critic_is_blind_at_zero_but_sees_a_mean(mapping, float64):
     x = centred()
-    F, G, E = (p["maps"][name] for name in "FGE")
-    losses = alae.L_adv_ED(F, G, E, p["D"], x, whitened(len(x), K), config)
-    sum(losses).backward()
-    assert p["D"][0].weight.grad.abs().max() < 1e-12 and E.grad.abs().max() < 1e-12
-    losses = alae.L_adv_ED(F, G, E, p["D"], x + 1, whitened(len(x), K), config)  # it does see a mean
-    sum(losses).backward()
-    assert p["D"][0].weight.grad.abs().max() > 1e-3
+    config, nets = linear_alae(x, critic="linear", mapping=mapping)
+    nn.init.zeros_(nets["D"][0].weight)
+    nn.init.zeros_(nets["D"][0].bias)
+    losses_of(nets, x, whitened(len(x), K), config)[0].backward()
+    assert nets["D"][0].weight.grad.abs().max() < 1e-12
+    assert nets["E"].weight.grad.abs().max() < 1e-12
+    losses_of(nets, x + 1, whitened(len(x), K), config)[0].backward()
+    assert nets["D"][0].weight.grad.abs().max() > 1e-3
 
 
-def gradients(E, G, A, x, nu=NU):
-    """Largest gradient in each of the three steps, with the tangent of softplus, γ = 0 and exact second moments."""
-    config, p = parts(adversarial="tangent", gamma=0.0, decay=nu * K)
-    with torch.no_grad():
-        p["maps"]["E"].copy_(E), p["maps"]["G"].copy_(G), p["D"].B.copy_(torch.linalg.cholesky(A).T)
-    (F, G, E), critic, z = (p["maps"][name] for name in "FGE"), p["D"], whitened(len(x), K)
-    steps = ((sum(alae.L_adv_ED(F, G, E, critic, x, z, config)), [E, critic.B]),
-             (sum(alae.L_adv_FG(F, G, E, critic, z, config)), [G]), (alae.L_err_EG(F, G, E, z), [E, G]))
-    return [max(g.abs().max().item() for g in torch.autograd.grad(loss, of)) for loss, of in steps]
-
-
-def test_the_three_steps_rest_at_pca_and_not_off_it():
+def test_the_three_steps_rest_at_pca_and_not_off_it(float64):
     x = centred()
     values, V = eigen(x)
-    top, V1 = values[:K], V[:, :K]
-    E, G, A = torch.diag(top ** -0.5) @ V1.T, V1 @ torch.diag(top ** 0.5), NU * torch.diag(top)
+    top, V = values[:K], V[:, : 2 * K]
+    config, nets = linear_alae(x, adversarial="tangent", gamma=0.0, decay=NU * K)
+    E, G = torch.diag(top**-0.5) @ V[:, :K].T, V[:, :K] @ torch.diag(top**0.5)
     turn = torch.linalg.qr(torch.randn(K, K))[0]
     for R in (torch.eye(K), turn):  # any rotation of w
-        assert max(gradients(R @ E, G @ R.T, R @ A @ R.T, x)) < 1e-10
-    assert gradients(E, G, 2 * A, x)[1] > 1e-3
-    tilted = torch.linalg.qr(V1 + 0.3 * V[:, K:2 * K])[0]
-    S = x.T @ x / len(x)
-    C = torch.linalg.cholesky(tilted.T @ S @ tilted)  # another space, whitened as well: Steps II and III can rest there
-    E, G = torch.linalg.inv(C) @ tilted.T, tilted @ C
-    first, second, third = gradients(E, G, NU * C.T @ C, x)
+        put(nets, R @ E, G @ R.T)
+        nets["D"].B.data = (NU * top).sqrt().diag() @ R.T
+        assert max(forces(nets, x, config)) < 1e-10
+    nets["D"].B.data *= 2**0.5
+    assert forces(nets, x, config)[1] > 1e-3
+
+    tilted = torch.linalg.qr(V[:, :K] + 0.3 * V[:, K:])[0]  # another space, whitened as well
+    C = torch.linalg.cholesky(tilted.T @ (x.T @ x / len(x)) @ tilted)
+    put(nets, torch.linalg.inv(C) @ tilted.T, tilted @ C)
+    nets["D"].B.data = torch.linalg.cholesky(NU * C.T @ C).T
+    first, second, third = forces(nets, x, config)
     assert second < 1e-10 and third < 1e-10 and first > 0.1
 
 
-def test_without_the_decay_every_whitened_space_is_at_rest():
+@pytest.mark.parametrize("stretch, rests", ((1.0, True), (2.0, False)))
+def test_without_the_decay_every_whitened_space_is_at_rest(stretch, rests, float64):
     x = centred()
     tilted = torch.linalg.qr(torch.randn(D, K))[0]
     C = torch.linalg.cholesky(tilted.T @ (x.T @ x / len(x)) @ tilted)
-    for stretch, rests in ((1.0, True), (2.0, False)):
-        E, G = stretch * torch.linalg.inv(C) @ tilted.T, tilted @ C / stretch
-        config, p = parts(adversarial="tangent", gamma=0.0, decay=0.0)
-        nn.init.eye_(p["D"].B)  # its gradient is then twice that for A, whose value it does not depend on
-        for t, value in ((p["maps"]["E"], E), (p["maps"]["G"], G)):
-            t.data.copy_(value)
-        (F, G, E), z = (p["maps"][name] for name in "FGE"), whitened(len(x), K)
-        loss = sum(alae.L_adv_ED(F, G, E, p["D"], x, z, config))
-        assert (torch.autograd.grad(loss, p["D"].B)[0].abs().max() < 1e-10) == rests
-        p["D"].B.data.zero_()  # and with A = 0 nothing else has a gradient
-        losses = (sum(alae.L_adv_ED(F, G, E, p["D"], x, z, config)), alae.L_adv_FG(F, G, E, p["D"], z, config)[0],
-                  alae.L_err_EG(F, G, E, z))
-        assert all(g.abs().max() < 1e-10 for loss in losses for g in torch.autograd.grad(loss, [E, G], allow_unused=True)
-                   if g is not None)
+    config, nets = linear_alae(x, adversarial="tangent", gamma=0.0, decay=0.0)
+    put(nets, stretch * torch.linalg.inv(C) @ tilted.T, tilted @ C / stretch)
+    nn.init.eye_(nets["D"].B)  # its gradient is then twice that for A, whatever A
+    loss = losses_of(nets, x, whitened(len(x), K), config)[0]
+    assert (torch.autograd.grad(loss, nets["D"].B)[0].abs().max() < 1e-10) == rests
+    nets["D"].B.data.zero_()  # and with A = 0 nothing else has a gradient
+    assert max(forces(nets, x, config)) < 1e-10
 
 
-def test_the_penalty_stretches_the_fixed_point():
+def test_r1_stretches_the_fixed_point(float64):
     x, gamma = centred(), 0.1
     values, V = eigen(x)
-    share = 1 - 8 * gamma * NU
-    top = values[:K] * share
-    config, p = parts(adversarial="tangent", gamma=gamma, decay=NU * K)
-    for t, value in ((p["maps"]["E"], torch.diag(top ** -0.5) @ V[:, :K].T), (p["maps"]["G"], V[:, :K] @ torch.diag(top ** 0.5)),
-                     (p["D"].B, (NU * top).sqrt().diag())):
-        t.data.copy_(value)
-    (F, G, E), z = (p["maps"][name] for name in "FGE"), whitened(len(x), K)
-    for loss, of in ((sum(alae.L_adv_ED(F, G, E, p["D"], x, z, config)), [E, p["D"].B]),
-                     (sum(alae.L_adv_FG(F, G, E, p["D"], z, config)), [G]), (alae.L_err_EG(F, G, E, z), [E, G])):
-        assert max(g.abs().max() for g in torch.autograd.grad(loss, of)) < 1e-9
+    top = values[:K] * (1 - 8 * gamma * NU)
+    config, nets = linear_alae(x, adversarial="tangent", gamma=gamma, decay=NU * K)
+    put(nets, torch.diag(top**-0.5) @ V[:, :K].T, V[:, :K] @ torch.diag(top**0.5))
+    nets["D"].B.data = (NU * top).sqrt().diag()
+    assert max(forces(nets, x, config)) < 1e-9
 
 
-def test_the_top_eigenspace_attracts_and_another_does_not():
-    """Plain gradient descent on the exact moments from near an eigenspace, in the order of the algorithm."""
-    S = torch.diag(torch.tensor([1.0, 0.8, 0.3, 0.1]))
-    x = whitened(400, 4) @ S.sqrt()
+def test_the_top_eigenspace_attracts_and_another_does_not(float64):
+    """Plain gradient descent on the exact moments from near an eigenspace, step by step."""
+    variances = torch.tensor([1.0, 0.8, 0.3, 0.1])
+    x = whitened(40, 4) @ variances.diag().sqrt()
 
-    def angle_after(kept, steps=4000, eta=0.05):
-        config = alae.Config(k=2, adversarial="tangent", gamma=0.0, decay=2 * NU)
-        p = alae.start(config, 4, "cpu")
-        top = S.diagonal()[kept]
-        with torch.no_grad():
-            p["maps"]["E"].zero_(), p["maps"]["G"].zero_(), p["D"].B.copy_((NU * top).sqrt().diag())
-            p["maps"]["E"][[0, 1], kept], p["maps"]["G"][kept, [0, 1]] = top ** -0.5, top ** 0.5
-            p["maps"]["E"].add_(0.01 * torch.randn(2, 4))
-        (F, G, E), critic, z = (p["maps"][name] for name in "FGE"), p["D"], whitened(400, 2)
+    def angle_after(kept, steps=400, eta=0.1):
+        options = {"k": 2, "adversarial": "tangent", "gamma": 0.0, "decay": 2.0, "init_G": 0.0}
+        config, nets = linear_alae(x, **options)
+        E, G, B = nets["E"].weight, nets["G"].weight, nets["D"].B
+        top = variances[kept]
+        B.data = top.sqrt().diag()  # ν = 1
+        E.data.zero_()
+        E.data[[0, 1], kept], G.data[kept, [0, 1]] = top**-0.5, top**0.5
+        E.data += 0.05 * torch.randn(2, 4)
+        z = whitened(40, 2)
         for _ in range(steps):
-            for loss, of in ((lambda: sum(alae.L_adv_ED(F, G, E, critic, x, z, config)), [E, critic.B]),
-                             (lambda: sum(alae.L_adv_FG(F, G, E, critic, z, config)), [G]),
-                             (lambda: alae.L_err_EG(F, G, E, z), [E, G])):
-                for parameter, g in zip(of, torch.autograd.grad(loss(), of)):
+            for i, of in enumerate(([E, B], [G], [E, G])):
+                loss = losses_of(nets, x, z, config)[i]
+                for parameter, g in zip(of, torch.autograd.grad(loss, of), strict=True):
                     parameter.data -= eta * g
         V = torch.eye(4)[:, kept]
         return torch.linalg.svdvals(torch.linalg.qr(E.T)[0].T @ V).clamp(max=1).acos().max().item()
+
     assert angle_after([0, 1]) < 1e-3
     assert angle_after([0, 2]) > 0.5
 
 
 @pytest.mark.parametrize("critic", ("linear", "quadratic", "mlp"))
 @pytest.mark.parametrize("penalty", ("r1", "unit"))
-def test_penalty_is_on_the_gradient_for_x(critic, penalty):
-    config, p = parts(critic=critic, penalty=penalty, gamma=3.0)
-    x, (F, G, E) = centred(50).requires_grad_(), (p["maps"][name] for name in "FGE")
-    gradient, = torch.autograd.grad(p["D"](x @ E.T).sum(), x)
+def test_the_penalty_is_on_the_gradient_for_x(critic, penalty, float64):
+    x = centred(50).requires_grad_()
+    config, nets = linear_alae(x.detach(), critic=critic, penalty=penalty, gamma=3.0)
+    F, G, E = (nets[name].weight for name in "FGE")
+    (gradient,) = torch.autograd.grad(nets["D"](x @ E.T).sum(), x)
     norm = gradient.norm(dim=1)
     expected = 1.5 * (norm.square() if penalty == "r1" else (norm - 1).square()).mean()
-    torch.testing.assert_close(alae.L_adv_ED(F, G, E, p["D"], x.detach(), torch.randn(50, K), config)[1], expected)
+    found = alae.L_adv_ED(F, G, E, nets["D"], x.detach(), torch.randn(50, K), config)[1]
+    torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("mapping, adams", (("identity", "steps"), ("linear", "steps"), ("linear", "nets")))
-def test_which_parameters_each_step_moves(mapping, adams, monkeypatch):
-    config, p = parts(mapping=mapping, adams=adams)
-    named, moved = {**dict(p["maps"].items()), "D": p["D"].B}, []
-    for name in (name for name in p if name.startswith("opt_")):
-        def step(real=p[name].step):
-            before = {key: t.detach().clone() for key, t in named.items()}
-            real()
-            moved.append({key for key, t in named.items() if not torch.equal(t, before[key])})
-        monkeypatch.setattr(p[name], "step", step)
-    alae.train_step(p, centred(50), config)
-    assert moved == [{"E", "D"}, {"F", "G"} if mapping == "linear" else {"G"}] + (
-        [{"E", "G"}] if adams == "steps" else [{"E"}, {"G"}])
+@pytest.mark.parametrize("adversarial", ("softplus", "tangent"))
+def test_the_adversarial_losses_are_the_papers(adversarial, float64):
+    x, z = centred(50), torch.randn(50, K)
+    config, nets = linear_alae(x, adversarial=adversarial, mapping="linear", decay=0.6)
+    F, G, E = (nets[name].weight for name in "FGE")
+    f = softplus if adversarial == "softplus" else lambda t: t / 2
+    real, fake = nets["D"](x @ E.T), nets["D"](z @ F.T @ G.T @ E.T)
+    losses = alae.L_adv_ED(F, G, E, nets["D"], x, z, config)
+    torch.testing.assert_close(losses[0], f(fake).mean() + f(-real).mean())
+    adversarial, decay = alae.L_adv_FG(F, G, E, nets["D"], z, config)
+    torch.testing.assert_close(adversarial, f(-fake).mean())
+    torch.testing.assert_close(decay, 0.1 * G.square().sum())
+    w = z @ F.T
+    error = (w - w @ G.T @ E.T).square().sum(1).mean()
+    torch.testing.assert_close(alae.L_err_EG(F, G, E, z), error)
 
 
-def test_no_random_maps_beat_pca():
-    x = centred()
-    S, (_, V) = x.T @ x / len(x), eigen(x)
-    best = alae.mse(V[:, :K].T, V[:, :K], S)
-    assert best == pytest.approx((x - x @ V[:, :K] @ V[:, :K].T).square().mean().item())
-    for _ in range(50):
-        E = torch.randn(K, D)
-        G = S @ E.T @ torch.linalg.inv(E @ S @ E.T)  # the best G for this E
-        assert best < alae.mse(E, G, S) < alae.mse(E, G + 0.1 * torch.randn(D, K), S)
+@pytest.mark.parametrize(
+    "mapping, adams", (("identity", "steps"), ("linear", "steps"), ("linear", "nets"))
+)
+def test_which_parameters_each_step_moves(mapping, adams):
+    x = torch.randn(50, D)
+    config, nets = linear_alae(x, mapping=mapping, adams=adams)
+    opts, moved = alae.optimizers(nets, config), []
+
+    def watched(step):
+        def watched_step():
+            before = {name: p.detach().clone() for name, p in nets.named_parameters()}
+            step()
+            now = nets.named_parameters()
+            moved.append({name[0] for name, p in now if not p.equal(before[name])})
+
+        return watched_step
+
+    for opt in opts.values():
+        opt.step = watched(opt.step)
+    alae.train_step(nets, opts, x, config)
+    third = [{"E", "G"}] if adams == "steps" else [{"E"}, {"G"}]
+    assert moved == [{"E", "D"}, {"F", "G"} if mapping == "linear" else {"G"}, *third]
+
+
+def reached(loss, nets):
+    """The first letters of the parameters that a loss has a gradient for."""
+    nets.zero_grad()
+    loss.backward()
+    return {name[0] for name, p in nets.named_parameters() if p.grad is not None}
+
+
+def test_no_loss_has_a_gradient_for_what_its_step_does_not_move():
+    x, z = torch.randn(50, D), torch.randn(50, K)
+    config, nets = linear_alae(x, mapping="linear")
+    losses = losses_of(nets, x, z, config)
+    assert [reached(loss, nets) - {"D"} for loss in losses] == [{"E"}, {"F", "G"}, {"E", "G"}]
+    nets = regressor.build(regressor.Config(k=K), x)
+    G = nets["G"].weight
+    assert reached(sum(regressor.L_adv_D(G, nets["D"], x, z, 1.0)), nets) == {"D"}
+    assert reached(regressor.L_adv_G(G, nets["D"], z), nets) == {"D", "G"}
+
+
+def test_each_step_has_a_z_of_its_own():
+    x = torch.randn(50, D)
+    config, nets = linear_alae(x, mapping="linear", lr=0.0, lr_critic=0.0)
+    torch.manual_seed(3)
+    found = alae.train_step(nets, alae.optimizers(nets, config), x, config)
+    torch.manual_seed(3)
+    z = torch.randn(3, 50, K)
+    F, G, E = (nets[name].weight for name in "FGE")
+    adversarial, penalty = alae.L_adv_ED(F, G, E, nets["D"], x, z[0], config)
+    assert (found["L_adv_ED"], found["penalty"]) == (adversarial, penalty)
+    assert found["L_adv_FG"] == alae.L_adv_FG(F, G, E, nets["D"], z[1], config)[0]
+    assert found["L_err_EG"] == alae.L_err_EG(F, G, E, z[2])
+
+
+def test_learning_rates_fall_linearly_each_from_its_own():
+    config, nets = linear_alae(torch.randn(50, D), steps=100, lr_end=0.1)
+    opts = alae.optimizers(nets, config)
+    for step, share in ((1, 1.0), (51, 0.55), (100, 0.109)):
+        alae.set_learning_rates(opts, config, step)
+        rates = [g["lr"] for opt in opts.values() for g in opt.param_groups]
+        assert rates == pytest.approx([share * lr for lr in (0.004, 0.001, 0.004, 0.004)])
+    config = regressor.Config(steps=100)
+    nets = regressor.build(config, torch.randn(50, D))
+    opts = {"opt_G": regressor.adam(nets["G"], config.lr_generator)}
+    regressor.set_learning_rates(opts, config, 51)
+    assert opts["opt_G"].param_groups[0]["lr"] == pytest.approx(0.0005 * 0.505)
+
+
+# Those of linear_latent_regressor.py
 
 
 def test_only_the_joint_regressor_tells_G_about_E():
-    def gradient(other, joint, weight=0.25):
+    x = torch.randn(64, D)
+
+    def gradient(other, **options):
         torch.manual_seed(1)
-        config = regressor.Config(k=K, joint=joint, joint_weight=weight)
-        p = regressor.start(config, D, "cpu")
-        with torch.no_grad():
-            p["maps"]["E"].mul_(0 if other else 1)
-        regressor.train_step(p, centred(64), config)
-        return p["maps"]["G"].grad
-    found = {other: [gradient(other, False), gradient(other, True, 0.0), gradient(other, True), gradient(other, True, 0.5)]
-             for other in (False, True)}
-    assert torch.equal(found[False][0], found[True][0]) and torch.equal(found[False][0], found[False][1])
-    assert not torch.equal(found[False][2], found[True][2])
-    quarter, half = (g - found[False][0] for g in found[False][2:])
-    torch.testing.assert_close(half, 2 * quarter)
+        config = regressor.Config(k=K, **options)
+        nets = regressor.build(config, x)
+        nets["E"].weight.data.mul_(0 if other else 1)
+        opts = {f"opt_{name}": regressor.adam(nets[name], 0.0) for name in "DGE"}
+        kept = []
+
+        def step():
+            assert nets["E"].weight.grad is None
+            kept.append(nets["G"].weight.grad.clone())
+
+        opts["opt_G"].step = step
+        regressor.train_step(nets, opts, x, config)
+        return kept[0]
+
+    alone = gradient(False)
+    assert torch.equal(alone, gradient(True))
+    assert torch.equal(alone, gradient(False, joint=True, joint_weight=0.0))
+    quarter, half = gradient(False, joint=True), gradient(False, joint=True, joint_weight=0.5)
+    assert not torch.equal(quarter, gradient(True, joint=True))
+    torch.testing.assert_close(half - alone, 2 * (quarter - alone))
 
 
-def test_the_critics_best_answer_turns_G_back_to_pca():
-    """The docstring's argument: A_ab = (Σ − GGᵀ)_ab / 4γ(λ_a + λ_b) is D's optimum against R1, and its force on G."""
-    gamma, S = 1e4, torch.diag(torch.tensor([3.0, 1.0, 0.4]))  # A is so small that softplus is its tangent
+def test_each_of_D_G_and_E_is_moved_by_its_own_loss(float64):
+    x = torch.randn(64, D)
+    config = regressor.Config(k=K, ridge=0.3, gamma=1.5)
+    nets = regressor.build(config, x)
+    G, E, critic = nets["G"].weight, nets["E"].weight, nets["D"]
+    opts = {f"opt_{name}": torch.optim.SGD(nets[name].parameters(), 1.0) for name in "DGE"}
+    before = {name: p.detach().clone() for name, p in nets.named_parameters()}
+    torch.manual_seed(3)
+    z = torch.randn(3, 64, K)
+    (w,) = torch.autograd.grad(critic(x.requires_grad_()).sum(), x, create_graph=True)
+    loss = softplus(critic(z[0] @ G.T)).mean() + softplus(-critic(x)).mean()
+    (of_B1,) = torch.autograd.grad(loss + 0.75 * w.square().sum(1).mean(), critic.B1.weight)
+    torch.manual_seed(3)
+    losses = regressor.train_step(nets, opts, x.detach(), config)
+    torch.testing.assert_close(critic.B1.weight, before["D.B1.weight"] - of_B1)
+    old_G = before["G.weight"].requires_grad_()
+    (of_G,) = torch.autograd.grad(softplus(-critic(z[1] @ old_G.T)).mean(), old_G)
+    torch.testing.assert_close(G, old_G - of_G)
+    old_E = before["E.weight"].requires_grad_()
+    error = (z[2] - z[2] @ G.T @ old_E.T).square().sum(1).mean()
+    (of_E,) = torch.autograd.grad(error + 0.3 * old_E.square().sum(), old_E)
+    torch.testing.assert_close(E, old_E - of_E)
+    torch.testing.assert_close(losses["L_err_E"], error.detach())
+    assert G.grad is None, "E's error is not for G"
+
+
+def test_the_critics_best_answer_turns_G_back_to_pca(float64):
+    """A_ab = (Σ − GGᵀ)_ab / 4γ(λ_a + λ_b) is D's optimum against R1, and its force on G."""
+    gamma, S = 1e4, torch.diag(torch.tensor([3.0, 1.0, 0.4]))  # A so small: softplus is its tangent
     z, x, eps = whitened(300, 1), whitened(300, 3) @ S.sqrt(), 1e-3
-    G = torch.tensor([[3.0 ** 0.5], [eps], [0.0]])
+    G = torch.tensor([[3.0**0.5], [eps], [0.0]])
     values = S.diagonal()
     A = (S - G @ G.T) / (4 * gamma * (values[:, None] + values))
     assert A[1, 1].item() == pytest.approx(1 / (8 * gamma), rel=1e-3)
@@ -217,118 +330,358 @@ def test_the_critics_best_answer_turns_G_back_to_pca():
 
     def critic(stretch):
         D = regressor.Quadratic(3, 3)
-        D.B1.weight.data, D.B2.weight.data = ((stretch * t.clamp(min=0)).sqrt()[:, None] * U.T for t in (a, -a))
+        D.B1.weight.data = (stretch * a.clamp(min=0)).sqrt()[:, None] * U.T
+        D.B2.weight.data = (stretch * (-a).clamp(min=0)).sqrt()[:, None] * U.T
         return D
+
     largest = {}
     for stretch in (1.0, 1.1):
         D = critic(stretch)
-        sum(regressor.L_adv_D(G, D, x.clone(), z, gamma)).backward()
+        sum(regressor.L_adv_D(G, D, x, z, gamma)).backward()
         largest[stretch] = max(D.B1.weight.grad.abs().max(), D.B2.weight.grad.abs().max())
     assert largest[1.0] < 1e-2 * largest[1.1]
     G.requires_grad_()
-    softplus(-critic(1.0)(z @ G.T)).mean().backward()
+    regressor.L_adv_G(G, critic(1.0), z).backward()
     assert -G.grad[1, 0].item() == pytest.approx(-eps / (8 * gamma) * (3 - 1) / (3 + 1), rel=1e-2)
 
 
-@pytest.mark.parametrize("file, more", (("linear_alae.py", ["--steps", "2000", "--gamma", "0.1"]), ("linear_latent_regressor.py", []),
-                                        ("linear_latent_regressor.py", ["--joint"])))
-def test_each_finds_pca_on_toy_data(file, more, here, tmp_path):
-    done = here(f"step1_linear/{file}", "--dataset", "sine_sheet", "--k", "2", "--batch-size", "200", "--run-name", "toy", *more)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "runs" / file[:-3] / "toy/summary.json").read_text())
-    assert 1 <= summary["eval/ratio"] < 1.05 and summary["eval/angle_G"] < 0.1 and summary["eval/angle_E"] < 0.1
-    model = torch.load(tmp_path / "runs" / file[:-3] / "toy/model.pt", weights_only=True)
-    w = (shared.load_vectors(shared.Protocol(dataset="sine_sheet"), "cpu")[0] - model["mean"]).double() @ model["E"].double().T
-    variances = torch.linalg.eigvalsh(w.T @ w / len(w))
-    assert 0.5 < variances[0] and variances[1] < 2.5, "E whitens the data, up to R1"
+# What is measured, against what is known
 
 
-def test_the_students_setting_does_not(here, tmp_path):
-    done = here("step1_linear/linear_alae.py", "--dataset", "sine_sheet", "--k", "2", "--setup", "seed", "--steps", "2500",
-                   "--lr", "0.003", "--run-name", "toy")
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "runs/linear_alae/toy"
-    config = json.loads((folder / "config.json").read_text())["config"]
-    assert config["critic"] == "linear" and config["gamma"] == 10 and config["lr"] == 0.003  # what is given counts
-    assert json.loads((folder / "summary.json").read_text())["eval/ratio_test"] > 1.5
+def points(n, seed):
+    """In 6-D with two large variances, in directions that are no axes; the mean is not 0."""
+    generator = torch.Generator().manual_seed(5)
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator))[0]
+    scales = torch.tensor([2, 1.6, 0.6, 0.5, 0.3, 0.2])
+    x = torch.randn(n, 6, generator=torch.Generator().manual_seed(seed))
+    return x * scales @ turn.T + 1
 
 
-@pytest.mark.parametrize("module", (alae, regressor))
-def test_ctrl_c_saves_and_resumes(module, tmp_path, monkeypatch, capsys):
-    torch.set_default_dtype(torch.float32)
-    tick, found = shared.Run.tick, []
-
-    def train(*args):
-        monkeypatch.setattr(sys, "argv", [module.__file__, *args])
-        torch.manual_seed(9)
-        module.main(shared.parse_config(module.Config))
-
-    def tick_then_signal(run, *args):
-        tick(run, *args)
-        if run.at["steps"] == 27:
-            os.kill(os.getpid(), signal.SIGINT)
-    for name in ("straight", "stopped"):
-        if name == "stopped":
-            with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-                patch.setattr(shared.Run, "tick", tick_then_signal)
-                train("--smoke", "--out-dir", str(tmp_path), "--run-name", name)
-            assert stop.value.code == 130
-            train("--resume", str(next(tmp_path.glob(f"*/{name}/checkpoint.pt"))))
-        else:
-            train("--smoke", "--out-dir", str(tmp_path), "--run-name", name)
-        found.append(torch.load(next(tmp_path.glob(f"*/{name}/model.pt")), weights_only=True))
-    assert torch.equal(found[0]["E"], found[1]["E"]) and torch.equal(found[0]["G"], found[1]["G"])
-    assert len(found[1]["run"]["rows"]) == len(found[0]["run"]["rows"])
+@pytest.fixture
+def toys(monkeypatch):
+    """Instead of datasets: points whose test part has other leading directions than training's."""
+    x, x_test = points(1000, 1), points(500, 2)
+    x_test = x_test.roll(1, 1) * torch.tensor([1, 1, 1, 1, 1, 2.0])
+    data = shared.Data("toy", x, None, x_test, None, None)
+    monkeypatch.setattr(shared, "load_data", lambda *_, **__: data)
+    return data
 
 
-def test_ablation_is_a_table_of_its_own(here, tmp_path):
-    done = here("step1_linear/linear_alae.py", "--smoke", "--ablate", "--run-name", "a")
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "runs/linear_alae/a/summary.json").read_text())
-    assert all(summary[f"{name}/seed 0"] > 1 for name in alae.ABLATIONS)
-    assert len({summary[f"{name}/seed 0"] for name in alae.ABLATIONS}) == len(alae.ABLATIONS), "two variants are the same run"
+def direct(x, basis, mean):
+    """The mean squared error of a projection, the slow way."""
+    x = x.double()
+    return (x - mean - (x - mean) @ basis @ basis.T).square().mean().item()
 
 
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory):
-    """A smoke run of the comparison, in this process, over a toy, and a dataset that is not there."""
-    out = tmp_path_factory.mktemp("compare")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("http_proxy", "http://127.0.0.1:9"), patch.setenv("https_proxy", "http://127.0.0.1:9")
-        patch.setattr(sys, "argv", [compare_autoencoders.__file__, "--smoke", "--datasets", "mnist", "swiss_roll", "cifar10",
-                                    "--out-dir", str(out), "--run-name", "c", "--methods", "pca", "lr", "ae_l2", "random", "pixels"])
-        compare_autoencoders.main(shared.parse_config(compare_autoencoders.Config))
-    return out / "compare_autoencoders" / "c"
+@pytest.mark.parametrize("module", FILES)
+def test_pca_is_that_of_the_training_images_and_both_errors_are_right(module, toys):
+    data = module.load(module.Config(k=2, batch_size=100), "cpu")
+    mean = toys.x_train.double().mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov(toys.x_train.double().T, correction=0))
+    V = vectors.flip(1)[:, :2]
+    cosines = torch.linalg.svdvals(data.pca[1].T @ V)
+    torch.testing.assert_close(cosines, torch.ones(2).double())
+    config = module.Config(k=2)
+    nets = module.build(config, toys.x_train)
+    tilt = torch.tensor(0.3).double()
+    W = V.clone()
+    W[:, 1] = tilt.cos() * V[:, 1] + tilt.sin() * vectors[:, 0]
+    put(nets, 5 * W.T, W / 5)
+    metrics = module.evaluate(nets, data, config)
+    assert metrics["eval/mse_train"] == pytest.approx(direct(toys.x_train, W, mean), rel=1e-5)
+    assert metrics["eval/mse_test"] == pytest.approx(direct(toys.x_test, W, mean), rel=1e-5)
+    best = direct(toys.x_train, V, mean)
+    assert metrics["eval/pca_mse_train"] == pytest.approx(best, rel=1e-5)
+    best_test = direct(toys.x_test, V, mean)
+    assert metrics["eval/pca_mse_test"] == pytest.approx(best_test, rel=1e-5)
+    assert metrics["eval/ratio"] == pytest.approx(metrics["eval/mse_train"] / best, rel=1e-5)
+    assert metrics["eval/ratio_test"] == pytest.approx(metrics["eval/mse_test"] / best_test, 1e-5)
+    for name in "EG":
+        assert metrics[f"eval/angle_{name}"] == pytest.approx(0.3, rel=1e-4)
+        assert metrics[f"eval/angle_mean_{name}"] == pytest.approx(0.15, rel=1e-3)
+    left = metrics["eval/mse_train"] * 6 / values.sum().item()
+    assert metrics["eval/explained"] == pytest.approx(100 * (1 - left), rel=1e-4)
 
 
-def test_comparison_table(compared):
-    summary = json.loads((compared / "summary.json").read_text())
-    lines = [line.strip("|").split("|") for line in (compared / "table.md").read_text().splitlines()]
-    rows = {(line[0].strip(), line[1].strip(), line[2].strip()): line for line in lines[2:]}
-    assert list(rows) == [*(("mnist", "10", m) for m in ("PCA", "linear AE (l2)", "linear LR", "random projection")),
-                          ("mnist", "", "raw pixels"),
-                          *(("swiss_roll", "2", m) for m in ("PCA", "linear AE (l2)", "linear LR", "random projection")),
-                          ("cifar10", "", "absent: the data is not on this machine")]
-    assert summary["absent"] == "cifar10" and summary["dataset"] == "mnist+swiss_roll"
-    assert summary["mnist, k = 10: PCA/ratio_test"] == 1 < summary["mnist, k = 10: linear LR/ratio_test"]
-    assert summary["mnist, k = 10: PCA/orthonormality"] < 1e-6 < 1 < summary["mnist, k = 10: linear AE (l2)/orthonormality"]
-    assert summary["mnist: raw pixels/svm_acc_short"] > summary["mnist, k = 10: random projection/svm_acc_short"] > 15
-    assert rows["mnist", "10", "PCA"][7].strip() == f"{summary['mnist, k = 10: PCA/knn_acc_short']:.2f}"
-    own = json.loads((compared / "runs/linear_latent_regressor/mnist-k10-lr/summary.json").read_text())
-    assert summary["mnist, k = 10: linear LR/mse_test"] == pytest.approx(own["eval/mse_test"], rel=1e-4)
+@pytest.mark.parametrize("module", FILES)
+def test_a_model_brings_its_own_mean_and_scale(module, toys):
+    config = module.Config(k=2)
+    nets = module.build(config, toys.x_train)
+    nets["scaling"].mean += 0.5  # as of a model that is evaluated on other data
+    E, G, mean = module.maps(nets)
+    x, scaled = toys.x_test, nets["scaling"](toys.x_test)
+    x_rec = nets["G"](nets["E"](scaled)) / nets["scaling"].scale + nets["scaling"].mean
+    torch.testing.assert_close(module.reconstruct(x, E, G, mean), x_rec)
+    error = (x - x_rec).square().mean().item()
+    assert module.mse(E, G, mean, module.moments(x)) == pytest.approx(error, rel=1e-5)
 
 
-def test_measures_of_a_pair_of_maps():
-    x, x_test = centred(), centred()
-    E, G = torch.randn(K, D), torch.randn(D, K)
-    row = compare_autoencoders.measure(E, G, 2.0, x, None, x_test, None)
-    assert row["mse_test"] == pytest.approx((x_test - x_test @ E.T @ G.T).square().mean().item())
-    assert row["ratio_test"] == pytest.approx(row["mse_test"] / 2)
-    assert row["orthonormality"] == pytest.approx((E @ E.T - torch.eye(K)).norm().item() ** 2)
+@pytest.mark.parametrize("module", FILES)
+def test_no_random_maps_beat_pca(module, float64):
+    x = centred()
+    S, (_, V) = x.T @ x / len(x), eigen(x)
+    part = module.moments(x)
+    best = module.mse(V[:, :K].T, V[:, :K], part[0], part)
+    for _ in range(20):
+        E = torch.randn(K, D)
+        G = S @ E.T @ torch.linalg.inv(E @ S @ E.T)  # the best G for this E
+        error = module.mse(E, G, part[0], part)
+        assert best < error < module.mse(E, G + 0.1 * torch.randn(D, K), part[0], part)
 
 
-def test_one_class_only_gets_a_clear_line(capsys):
-    x, y = torch.randn(20, 3), torch.zeros(20, dtype=torch.long)
-    with pytest.raises(SystemExit) as stop:
-        shared.accuracies("short", x, y, x, y)
-    assert stop.value.code == 2 and "nothing to classify" in capsys.readouterr().err
+def test_the_energy_of_x_is_that_of_z(toys):
+    for module in (alae, regressor):
+        x = module.build(module.Config(k=2), toys.x_train)["scaling"](toys.x_train)
+        assert x.mean(0).abs().max() < 1e-5
+        assert x.square().sum(1).mean().item() == pytest.approx(2, rel=1e-5)
+    nets = alae.build(alae.Config(k=2, scale=3.0), toys.x_train)
+    assert nets["scaling"].scale == 3 and nets["G"].weight.abs().max() == 0
+    assert autoencoder.build(autoencoder.Config(k=2), toys.x_train)["scaling"].scale == 1
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_bad_input_is_refused(module, toys, monkeypatch, capsys):
+    for options, said in (
+        ({"k": 6}, "--k 6: the data spans 6 dimensions"),
+        ({"batch_size": 1001}, "--batch-size 1001 is larger"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            module.load(module.Config(**{"k": 2} | options), "cpu")
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+    same = toys._replace(x_train=torch.full((1000, 6), 0.3))
+    monkeypatch.setattr(shared, "load_data", lambda *_, **__: same)
+    with pytest.raises(SystemExit):
+        module.load(module.Config(k=1), "cpu")
+    assert "spans 0 dimensions" in capsys.readouterr().err
+
+
+# Training
+
+
+@pytest.fixture
+def unpictured(monkeypatch):
+    """Runs without pictures, which take most of a short run's time."""
+    monkeypatch.setattr(shared, "curves", lambda *_: None)
+    monkeypatch.setattr(shared.Run, "picture", lambda *_: None)
+
+
+def fit(monkeypatch, tmp_path, module, *arguments):
+    """A short training on the toys; its summary and its model."""
+    options = ("--k", 2, "--batch-size", 100, "--out-dir", tmp_path, "--run-name", "toy")
+    train(monkeypatch, module, *options, *arguments)
+    (folder,) = tmp_path.glob("*/toy")
+    summary = json.loads((folder / "summary.json").read_text())
+    return summary, torch.load(folder / "model.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "module, steps, arguments",
+    (
+        (alae, 600, ["--lr", 0.02, "--lr-critic", 0.005, "--gamma", 0.1]),
+        (regressor, 600, ["--lr", 0.02, "--lr-generator", 0.005]),
+        (regressor, 600, ["--lr", 0.02, "--lr-generator", 0.005, "--joint"]),
+        (autoencoder, 500, ["--lr", 0.02]),
+    ),
+)
+def test_each_finds_pca(module, steps, arguments, toys, unpictured, monkeypatch, tmp_path):
+    summary, model = fit(monkeypatch, tmp_path, module, "--steps", steps, *arguments)
+    assert 1 <= summary["eval/ratio"] < 1.04
+    assert summary["eval/angle_G"] < 0.1 and summary["eval/angle_E"] < 0.2
+    if module is not autoencoder:
+        w = (toys.x_train - model["scaling"]["mean"]) * model["scaling"]["scale"]
+        w = w @ model["E"]["weight"].T
+        variances = torch.linalg.eigvalsh(w.T @ w / len(w))
+        assert variances[0] > 0.5 and variances[1] < 2.5, "E whitens the data, up to R1"
+
+
+def test_the_students_setting_does_not(toys, unpictured, monkeypatch, tmp_path):
+    arguments = ("--preset", "student", "--steps", 400, "--lr", 0.02)
+    summary, _ = fit(monkeypatch, tmp_path, alae, *arguments)
+    assert summary["eval/ratio_test"] > 1.5
+
+
+def test_the_absolute_error_is_another_optimum(float64):
+    x = centred(50)
+    nets = autoencoder.build(autoencoder.Config(k=K), x)
+    E, G = nets["E"].weight, nets["G"].weight
+    error = (x - x @ E.T @ G.T) / 2
+    l1, l2 = error.abs().mean(), error.square().mean()
+    torch.testing.assert_close(autoencoder.L_rec(E, G, x, 2.0, "l1"), l1)
+    torch.testing.assert_close(autoencoder.L_rec(E, G, x, 2.0, "l2"), l2)
+    for loss, expected in (("l1", l1), ("l2", l2)):
+        config = autoencoder.Config(k=K, loss=loss)
+        opt = torch.optim.SGD(nets.parameters(), 0.0)
+        found = autoencoder.train_step(nets, opt, x, 2.0, config)
+        torch.testing.assert_close(found["L_rec"], expected.detach())
+
+
+@pytest.mark.parametrize(
+    "module, arguments",
+    ((alae, ["--adams", "nets"]), (alae, []), (regressor, ["--joint"]), (autoencoder, [])),
+)
+def test_a_resumed_run_is_the_same_to_the_bit(
+    module, arguments, toys, unpictured, monkeypatch, tmp_path
+):
+    arguments = ("--steps", 40, "--eval-every", 15, *arguments)  # 10 batches in an epoch
+    whole = fit(monkeypatch, tmp_path / "whole", module, *arguments)
+    save = shared.Run.save
+
+    def save_and_stop(run, *args):
+        save(run, *args)
+        if run.epoch == 30:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shared.Run, "save", save_and_stop)
+        fit(patch, tmp_path / "stopped", module, *arguments)
+    (checkpoint,) = (tmp_path / "stopped").glob("*/toy/checkpoint.pt")
+    torch.manual_seed(99)
+    train(monkeypatch, module, "--resume", checkpoint)
+    model = torch.load(checkpoint.with_name("model.pt"), weights_only=True)
+    for name in ("E", "G", "scaling"):
+        assert_same(model[name], whole[1][name])
+    summary = json.loads(checkpoint.with_name("summary.json").read_text())
+    names = [name for name in summary if name.startswith(("eval/", "train/"))]
+    assert len(names) > 10 and all(summary[name] == whole[0][name] for name in names)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_trained_model_or_checkpoint_is_evaluated_again(
+    module, toys, unpictured, monkeypatch, tmp_path
+):
+    summary, _ = fit(monkeypatch, tmp_path, module, "--steps", 20)
+    for path in list(tmp_path.glob("*/toy/*.pt")):
+        out = tmp_path / path.stem
+        train(monkeypatch, module, "--eval", path, "--out-dir", out, "--run-name", "again")
+        (path,) = out.glob("*/again/summary.json")
+        again = json.loads(path.read_text())
+        names = [name for name in summary if name.startswith("eval/")]
+        assert len(names) > 8 and all(again[name] == summary[name] for name in names)
+
+
+def test_no_steps_evaluates_the_untrained_maps(toys, unpictured, monkeypatch, tmp_path):
+    for module in FILES:
+        summary, model = fit(monkeypatch, tmp_path / module.__name__, module, "--steps", 0)
+        assert summary["eval/ratio"] > 1 and summary["steps"] == 0 and model["epoch"] == 0
+
+
+def test_an_image_run_draws_components_and_reconstructions_at_its_end_only(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(shared.Run, "picture", lambda run, name, _: drawn.append((run.epoch, name)))
+    train(monkeypatch, alae, "--smoke", "--out-dir", tmp_path)
+    assert drawn == [(60, "components"), (60, "reconstructions"), (60, "curves")]
+
+
+# Studies
+
+
+def test_each_preset_is_another_training(toys):
+    usual, found = alae.Config(), {}
+    for preset, changes in alae.PRESETS.items():
+        assert all(getattr(usual, name) != value for name, value in changes.items()), preset
+        if preset != "student":
+            assert len(changes) <= 1 or preset == "penalty-unit"
+        config = alae.Config(**changes | {"k": 2, "batch_size": 100, "steps": 6})
+        torch.manual_seed(0)
+        nets = alae.build(config, toys.x_train)
+        opts = alae.optimizers(nets, config)
+        for step in (1, 2, 3, 4):
+            alae.set_learning_rates(opts, config, step)
+            alae.train_step(nets, opts, nets["scaling"](toys.x_train[:100]), config)
+        E, G, _ = alae.maps(nets)
+        found[preset] = round((E @ G).sum().item(), 12)
+    assert len(set(found.values())) == len(alae.PRESETS), found
+
+
+def test_the_ablation_is_judged_on_validation_images(monkeypatch):
+    asked = []
+    monkeypatch.setattr(shared, "load_data", lambda config, *_, **__: asked.append(config.split))
+    commands = sweep.expand(ROOT / "step1_linear/sweeps/ablation.yaml").values()
+    presets = []
+    for command in commands:
+        start = command.index("step1_linear/linear_alae.py")
+        config = shared.parse_config(alae.Config, alae.PRESETS, command[start + 1 :])
+        assert (config.k, config.steps, config.lr) == (10, 3000, 0.004)
+        with pytest.raises(AttributeError):  # there are no images here
+            alae.load(config, "cpu")
+        presets.append((config.preset, config.seed))
+    assert asked == ["val"] * 48
+    studied = set(alae.PRESETS) - {"student"}
+    assert set(presets) == {(preset, seed) for preset in studied for seed in (0, 1, 2)}
+
+
+def test_comparison_sweeps_train_what_the_comparison_names():
+    methods = set()
+    for path in (ROOT / "step1_linear/sweeps").glob("compare_*.yaml"):
+        for command in sweep.expand(path).values():
+            (place,) = (i for i, part in enumerate(command) if part.endswith(".py"))
+            module = __import__(command[place][len("step1_linear/") : -3])
+            presets = getattr(module, "PRESETS", None)
+            config = shared.parse_config(module.Config, presets, command[place + 1 :])
+            method = compare_autoencoders.method_of(module.__name__, vars(config))
+            methods.add((method, config.k))
+    names = ("PCA, gradient descent", "linear AE (l1)", "linear AE (l2)", "linear ALAE")
+    names = (*names, "linear LR", "linear JLR")
+    assert methods == {(name, k) for name in names for k in (10, 50)}
+
+
+# compare_autoencoders.py
+
+
+def test_the_comparison_measures_finished_runs_beside_pca(toys, monkeypatch, tmp_path):
+    options = ("--out-dir", tmp_path, "--k", 2, "--steps", 40)
+    monkeypatch.setattr(shared, "curves", lambda *_: None)
+    picture = shared.Run.picture
+    monkeypatch.setattr(shared.Run, "picture", lambda *_: None)
+    train(monkeypatch, pca_gd, *options)
+    for seed in (0, 1):
+        train(monkeypatch, autoencoder, *options, "--batch-size", 100, "--seed", seed)
+    train(monkeypatch, alae, *options, "--batch-size", 100)
+    train(monkeypatch, alae, *options, "--batch-size", 100, "--split", "val")  # of other data
+    labels = [torch.arange(len(x)) % 3 for x in (toys.x_train, toys.x_test)]
+    data = toys._replace(y_train=labels[0], y_test=labels[1])
+    monkeypatch.setattr(shared, "load_data", lambda *_, **__: data)
+    monkeypatch.setattr(shared.Run, "picture", picture)
+    train(monkeypatch, compare_autoencoders, "--out-dir", tmp_path, "--run-name", "c")
+
+    folder = tmp_path / "compare_autoencoders/c"
+    summary = json.loads((folder / "summary.json").read_text())
+    lines = [line.strip("| \n").split(" | ") for line in (folder / "table.md").open()]
+    assert [line[2:4] for line in lines[2:]] == [
+        ["PCA", "1"],
+        ["PCA, gradient descent", "1"],
+        ["linear AE (l2)", "2"],
+        ["linear ALAE", "1"],
+        ["random projection", "1"],
+        ["raw pixels", "1"],
+    ]
+    assert summary["mnist, k = 2: PCA/ratio_test"] == 1
+    assert summary["mnist, k = 2: PCA/orthonormality"] < 1e-6
+    assert {path.stem for path in folder.glob("*.png")} == {"codes_mnist_k2", "error_mnist"}
+    for name, label in (("linear_alae", "linear ALAE"), ("linear_autoencoder", "linear AE (l2)")):
+        runs = [json.loads(p.read_text()) for p in tmp_path.glob(f"{name}/*/summary.json")]
+        for key in ("mse_train", "mse_test"):
+            own = [run[f"eval/{key}"] for run in runs if run["split"] == "dw"]
+            found = summary[f"mnist, k = 2: {label}/{key}"]
+            assert found == pytest.approx(sum(own) / len(own), rel=1e-4)
+    assert " ± " in lines[4][5] and " ± " not in lines[5][5]
+    accuracy = summary["mnist, k = 2: PCA/knn_acc_short"]
+    mean = data.x_train.mean(0)
+    V = torch.linalg.eigh(torch.cov(data.x_train.double().T))[1].flip(1)[:, :2].float()
+    codes = (data.x_train - mean) @ V, (data.x_test - mean) @ V
+    expected = shared.knn_accuracy(codes[0], data.y_train, codes[1], data.y_test)
+    assert accuracy == pytest.approx(expected)
+    assert "mnist: raw pixels/svm_acc_short" in summary
+
+
+def test_the_comparison_fits_pca_on_training_images(toys):
+    (E, G, mean), (Q, _, _) = compare_autoencoders.references(toys, 2, 0)
+    torch.testing.assert_close(mean, toys.x_train.mean(0))
+    V = torch.linalg.eigh(torch.cov(toys.x_train.double().T))[1].flip(1)[:, :2]
+    torch.testing.assert_close(torch.linalg.svdvals(E @ V), torch.ones(2).double())
+    torch.testing.assert_close(Q @ Q.T, torch.eye(2))
+    row = compare_autoencoders.measure(toys, *(2 * t.float() for t in (E, G)), mean)
+    x = toys.x_test - mean
+    error = (x - 4 * x @ G.float() @ E.float()).square().mean().item()
+    assert row["mse_test"] == pytest.approx(error, rel=1e-5)
+    assert row["orthonormality"] == pytest.approx(2 * 3**2, rel=1e-5)

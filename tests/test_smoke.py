@@ -10,7 +10,7 @@ import torch
 from conftest import FC_ALAE, ROOT, launch, train
 
 FOLDERS = ("step1_linear", "step2_gan", "step3_official_alae", "baselines")
-FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+FILES = sorted(path for path in ROOT.glob("*/*.py") if path.parent.name in FOLDERS)
 EXPERIMENTS = [path.stem for path in FILES if "shared.Run(" in path.read_text()]
 FACTS = {"experiment", "run", "dataset", "split", "seed", "setting", "params", "hardware", "torch"}
 FACTS |= {"commands", "commits", "images_seen", "wall_s", "status"}
@@ -39,7 +39,9 @@ def test_smoke(name, tmp_path, monkeypatch, capsys):
     numbers = [value for key, value in summary.items() if "/" in key]
     assert numbers and all(math.isfinite(number) for number in numbers)
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
-    assert rows and all(math.isfinite(float(v)) for row in rows for v in row.values() if v)
+    for row in rows:
+        assert all(math.isfinite(float(value)) for value in row.values() if value)
+    assert rows
     assert len(list(folder.glob("*.png"))) >= 3
     model = torch.load(folder / "model.pt", weights_only=True)
     assert model["experiment"] == name and "random" not in model

@@ -1,29 +1,41 @@
-"""VAE-GAN: the seeds' nets layer by layer, each net's gradient, who is trained when, eval mode, and going on after a stop."""
-import os
-import signal
+"""VAE-GAN: the public nets layer by layer, each net's gradient, who trains when, evaluation."""
+
+import shared
 
 import pytest
 import torch
-from conftest import assert_same, train_here
+import vae_gan
+from conftest import assert_same, toy_data, train
+from test_aae import fake_run, record, state_of
 from torch import nn
 from torch.autograd import grad
 from torch.distributions import Normal, kl_divergence
+from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, one_hot
 
-import shared
-import vae_gan
+# Of rishabhd786's README; Dis ends in a sigmoid there, which ours leaves to the loss
+TABLES = {
+    "Enc": [(64, 32, 32)] * 3 + [(128, 16, 16)] * 3 + [(256, 8, 8)] * 3 + [(2048,)] * 3,
+    "Dis": [(32, 64, 64)] * 2 + [(128, 32, 32)] * 3 + [(256, 16, 16)] * 3 + [(256, 8, 8)] * 3,
+    "Dec": [(16384,)] * 3 + [(256, 16, 16)] * 3 + [(128, 32, 32)] * 3 + [(32, 64, 64)] * 3,
+}
+LAST = {"Enc": [(128,)] * 2, "Dis": [(512,)] * 3 + [(1,)], "Dec": [(1, 64, 64)] * 2}
+BOTH = ("rishabhd786", "lucabergamini")
 
-TABLES = {  # of seed 001's README; its Dis ends in a sigmoid, which ours leaves to the loss
-    "Enc": [(64, 32, 32)] * 3 + [(128, 16, 16)] * 3 + [(256, 8, 8)] * 3 + [(2048,)] * 3 + [(128,)] * 2,
-    "Dis": [(32, 64, 64)] * 2 + [(128, 32, 32)] * 3 + [(256, 16, 16)] * 3 + [(256, 8, 8)] * 3 + [(512,)] * 3 + [(1,)],
-    "Dec": [(16384,)] * 3 + [(256, 16, 16)] * 3 + [(128, 32, 32)] * 3 + [(32, 64, 64)] * 3 + [(1, 64, 64)] * 2}
+
+def configure(preset="rishabhd786", **changes):
+    """A preset with nets and images small enough for a test."""
+    small = {"width": 1 / 32, "image_size": 32, "latent_dim": 3, "preset": preset}
+    return vae_gan.Config(**vae_gan.PRESETS[preset] | small | changes)
 
 
-def configure(*args, **changes):
-    """The config of a command line, with nets and images small enough for a test."""
-    config = shared.parse_config(vae_gan.Config, list(args))
-    for key, value in ({"width": 1 / 32, "image_size": "32", "latent_dim": 3} | changes).items():
-        setattr(config, key, value)
-    return config
+def full_size(preset, C):
+    config = configure(preset, width=1.0, image_size=64, latent_dim=128)
+    with torch.device("meta"):
+        return vae_gan.build(config, C)
+
+
+def sgd(nets, lr=1.0):
+    return {name: torch.optim.SGD(net.parameters(), lr) for name, net in nets.items()}
 
 
 def shapes(net, x):
@@ -36,197 +48,282 @@ def shapes(net, x):
     return seen[:]  # the nets share an activation, so that the next one calls these hooks too
 
 
-def test_layers_of_seed001():
-    with torch.device("meta"):
-        nets = vae_gan.build(configure(width=1, image_size="64", latent_dim=128), 1)
-        x, z = torch.empty(64, 1, 64, 64), torch.empty(64, 128)
-    assert {name: shapes(nets[name], z if name == "Dec" else x) for name in nets} == TABLES
+# Nets
+
+
+def test_layers_are_rishabhd786s():
+    nets = full_size("rishabhd786", 1)
+    x, z = torch.empty(64, 1, 64, 64, device="meta"), torch.empty(64, 128, device="meta")
+    for name, net in nets.items():
+        assert shapes(net, z if name == "Dec" else x) == TABLES[name] + LAST[name]
     assert nets["Dis"][0](x).shape == (64, 256, 8, 8)  # Dis_l is the fourth block
 
 
-@pytest.mark.parametrize("recipe, C, sizes", [
-    ("seed001", 1, [35_112_064, 5_834_753, 10_953_409]), ("seed001", 3, [35_112_064 + 3200, 5_834_753 + 1602, 10_953_409 + 1600]),
-    ("seed003", 3, [18_071_360, 4_693_155, 10_953_857])])
-def test_sizes(recipe, C, sizes):
-    with torch.device("meta"):
-        nets = vae_gan.build(configure("--recipe", recipe, width=1, image_size="64", latent_dim=128), C)
+@pytest.mark.parametrize(
+    "preset, C, sizes",
+    [
+        ("rishabhd786", 1, [35_112_064, 5_834_753, 10_953_409]),
+        ("rishabhd786", 3, [35_112_064 + 3200, 5_834_753 + 1602, 10_953_409 + 1600]),
+        ("lucabergamini", 3, [18_071_360, 4_693_155, 10_953_857]),
+    ],
+)
+def test_sizes(preset, C, sizes):
+    nets = full_size(preset, C)
     assert [sum(p.numel() for p in net.parameters()) for net in nets.values()] == sizes
     assert {m.momentum for m in nets.modules() if hasattr(m, "momentum")} == {0.9}
-    assert isinstance(nets["Dis"][0][-1], nn.LeakyReLU if recipe == "seed001" else nn.Conv2d)  # after or before batch norm
+    kind = nn.LeakyReLU if preset == "rishabhd786" else nn.Conv2d  # after or before batch norm
+    assert isinstance(nets["Dis"][0][-1], kind)
 
 
 @pytest.mark.parametrize("size", (32, 64))
-@pytest.mark.parametrize("recipe", ("seed001", "seed003"))
-def test_width_and_image_size(recipe, size):
-    config = configure("--recipe", recipe, width=0.125, image_size=str(size), bn_momentum=0.2)
+@pytest.mark.parametrize("preset", BOTH)
+def test_width_and_image_size(preset, size):
+    config = configure(preset, width=0.125, image_size=size, bn_momentum=0.2)
     nets, x = vae_gan.build(config, 3), torch.rand(2, 3, size, size)
     assert nets["Dec"](nets["Enc"](x)[0]).shape == x.shape and nets["Dis"](x).shape == (2, 1)
     assert nets["Enc"][0].out_channels == 8 and nets["Dis"][0][0].out_channels == 4
     assert {m.momentum for m in nets.modules() if hasattr(m, "momentum")} == {0.2}
-    smooth, shape = torch.linspace(0, 1, 28).expand(2, 3, 28, 28).flatten(1), (3, 28, 28)
-    large = vae_gan.enlarge(smooth, shape, config)
-    assert large.shape == x.shape and large.min() == -1 and large.max() == 1
-    torch.testing.assert_close(vae_gan.reduce(large, shape), smooth, atol=0.02, rtol=0)
 
 
-def written(nets, x, noise, config):
-    """The three losses as the papers write them, with sigmoids, x̃ and x_p part of one graph."""
-    mu, log_var = nets["Enc"](x)
-    x_rec, x_p = nets["Dec"](mu + (log_var / 2).exp() * noise[0]), nets["Dec"](noise[1])
-    if config.dis_batches == "joined":
-        f = nets["Dis"][0](torch.cat([x, x_rec, x_p]))
-        D, (f, f_rec, _) = nets["Dis"][1](f).sigmoid().chunk(3), f.chunk(3)
-    else:
-        f, f_rec, f_p = (nets["Dis"][0](part) for part in (x, x_rec, x_p))
-        D = [nets["Dis"][1](part).sigmoid() for part in (f, f_rec, f_p)]
-    kl = kl_divergence(Normal(mu, (log_var / 2).exp()), Normal(torch.zeros_like(mu), torch.ones_like(mu)))
-    terms = [D[0].log(), (1 - D[1]).log(), (1 - D[2]).log()]
-    if config.recipe == "seed001":
-        return kl.mean(), (f - f_rec).square().mean(), -sum(terms).mean()
-    return kl.sum(), (f - f_rec).square().sum() / 2, -(terms[0] + terms[2]).sum()
+@pytest.mark.parametrize("size", (32, 64))
+def test_images_are_enlarged_and_reduced(size):
+    images, config = torch.linspace(0, 1, 28).expand(2, 3, 28, 28), configure(image_size=size)
+    large = vae_gan.enlarge(images, config)
+    assert large.shape == (2, 3, size, size) and large.min() == -1 and large.max() == 1
+    again = vae_gan.reduce(large, images.shape[1:])
+    torch.testing.assert_close(again, images.flatten(1), atol=0.02, rtol=0)
+    native = torch.rand(2, 3, size, size)
+    torch.testing.assert_close(vae_gan.enlarge(native, config), 2 * native - 1)
+    torch.testing.assert_close(vae_gan.reduce(2 * native - 1, native.shape[1:]), native.flatten(1))
 
 
-@pytest.mark.parametrize("recipe", ("seed001", "seed003"))
-def test_each_net_gets_the_gradient_of_its_loss_alone(recipe):
-    torch.manual_seed(0)
-    config = configure("--recipe", recipe, margin=0.0)
-    nets, x = vae_gan.build(config, 1).double().train(), torch.rand(6, 1, 32, 32).double() * 2 - 1
-    before = {k: v.clone() for k, v in nets.state_dict().items()}
-    opts = {name: torch.optim.SGD(net.parameters(), 1.0) for name, net in nets.items()}  # a step is the gradient
-    torch.manual_seed(1)
-    losses = vae_gan.train_step(nets, opts, x, config)
-    steps = {name: [before[f"{name}.{key}"] - p for key, p in net.named_parameters()] for name, net in nets.items()}
-    buffers = {key: v.clone() for key, v in nets.named_buffers()}
-    nets.load_state_dict(before)
-    torch.manual_seed(1)
-    prior, llike, gan = terms = written(nets, x, [torch.randn(6, 3, dtype=torch.double) for _ in range(2)], config)
-    torch.testing.assert_close(losses, torch.stack(terms).detach())
-    wanted = {"seed001": {"Enc": prior + 5 * llike, "Dec": 15 * llike - gan, "Dis": gan},
-              "seed003": {"Enc": prior + llike, "Dec": 1e-6 * llike - (1 - 1e-6) * gan, "Dis": gan}}[recipe]
-    for name, loss in wanted.items():
-        for mine, theirs in zip(steps[name], grad(loss, [*nets[name].parameters()], retain_graph=True)):
-            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9 * losses.abs().max().item())
-        assert max(g.abs().max() for g in steps[name]) > 1e-3
-    assert_same({k: v for k, v in buffers.items() if "tracked" in k}, {k: v for k, v in nets.named_buffers() if "tracked" in k})
+# Losses
 
 
 def test_losses():
     mu, log_var = torch.randn(2, 7, 5)
-    kl = kl_divergence(Normal(mu, (log_var / 2).exp()), Normal(torch.zeros(5), torch.ones(5)))
+    standard = Normal(torch.zeros(5), torch.ones(5))
+    kl = kl_divergence(Normal(mu, (log_var / 2).exp()), standard)
     torch.testing.assert_close(vae_gan.L_prior(mu, log_var, "sum"), kl.sum())
     torch.testing.assert_close(vae_gan.L_prior(mu, log_var, "mean"), kl.mean())
     log_p = Normal(mu, 1).log_prob
-    torch.testing.assert_close(vae_gan.L_llike(log_var, mu, "sum"), (log_p(mu) - log_p(log_var)).sum())
-    torch.testing.assert_close(vae_gan.L_llike(log_var, mu, "mean"), (log_var - mu).square().mean())
-    logits, bce = torch.randn(3, 7, 1), nn.functional.binary_cross_entropy_with_logits
-    expected = [bce(part, torch.full_like(part, real)) for part, real in zip(logits, (1.0, 0.0, 0.0))]
-    torch.testing.assert_close(vae_gan.cross_entropies(logits, configure()), torch.stack(expected))
-    torch.testing.assert_close(vae_gan.cross_entropies(logits, configure("--no-gan-reconstruction")), torch.stack(expected[::2]))
+    ratio = (log_p(mu) - log_p(log_var)).sum()
+    torch.testing.assert_close(vae_gan.L_llike(log_var, mu, "sum"), ratio)
+    mean = (log_var - mu).square().mean()
+    torch.testing.assert_close(vae_gan.L_llike(log_var, mu, "mean"), mean)
+    logits, expected = torch.randn(3, 7, 1), []
+    for part, real in zip(logits, (1.0, 0.0, 0.0), strict=True):
+        expected.append(binary_cross_entropy_with_logits(part, torch.full_like(part, real)))
+    expected = torch.stack(expected)
+    torch.testing.assert_close(vae_gan.cross_entropies(logits, configure()), expected)
+    without = configure(gan_reconstruction=False)
+    torch.testing.assert_close(vae_gan.cross_entropies(logits, without), expected[::2])
 
 
-@pytest.mark.parametrize("bces, dis, dec", [
-    ((0.69, 0.69), True, True), ((0.32, 0.69), False, True), ((0.69, 0.32), False, True), ((1.04, 0.69), True, False),
-    ((0.69, 1.04), True, False), ((0.32, 1.04), True, True), ((0.34, 1.02), True, True)])
-def test_who_is_trained(bces, dis, dec, monkeypatch):
-    config = configure("--recipe", "seed003")
-    assert vae_gan.who_trains(bces, config) == (dis, dec)
-    assert vae_gan.who_trains(bces, configure()) == (True, True)
-    monkeypatch.setattr(vae_gan, "cross_entropies", lambda logits, _: torch.tensor(bces) + 0 * torch.cat(logits).mean())
-    nets = vae_gan.build(config, 1)
-    opts, before = {name: torch.optim.SGD(net.parameters(), 1e-9) for name, net in nets.items()}, []
+def written(nets, x, noise, config):
+    """The three losses as they are written, with sigmoids, x̃ and x_p part of one graph."""
+    mu, log_var = nets["Enc"](x)
+    s = (log_var / 2).exp()
+    x_rec, x_p = nets["Dec"](mu + s * noise[0]), nets["Dec"](noise[1])
+    if config.preset == "lucabergamini":
+        joined = nets["Dis"][0](torch.cat([x, x_rec, x_p]))
+        f = joined.chunk(3)
+        D = nets["Dis"][1](joined).sigmoid().chunk(3)
+    else:
+        f = [nets["Dis"][0](part) for part in (x, x_rec, x_p)]
+        D = [nets["Dis"][1](part).sigmoid() for part in f]
+    kl = kl_divergence(Normal(mu, s), Normal(torch.zeros_like(mu), torch.ones_like(mu)))
+    terms = [D[0].log(), (1 - D[1]).log(), (1 - D[2]).log()]
+    error = (f[0] - f[1]).square()
+    if config.preset == "rishabhd786":
+        return kl.mean(), error.mean(), -sum(terms).mean()
+    return kl.sum(), error.sum() / 2, -(terms[0] + terms[2]).sum()
+
+
+@pytest.mark.parametrize("preset", BOTH)
+def test_each_net_gets_the_gradient_of_its_loss_alone(preset):
+    torch.manual_seed(0)
+    config = configure(preset, margin=0.0)
+    nets = vae_gan.build(config, 1).double()
+    x = torch.rand(6, 1, 32, 32).double() * 2 - 1
+    before = {name: value.clone() for name, value in nets.state_dict().items()}
+    torch.manual_seed(1)
+    losses = vae_gan.train_step(nets, sgd(nets), x, config)  # a step is the gradient
+    steps = {name: before[name] - p for name, p in nets.named_parameters()}
+    counts = {name: v.clone() for name, v in nets.named_buffers() if "tracked" in name}
+    nets.load_state_dict(before)
+    torch.manual_seed(1)
+    noise = [torch.randn(6, 3, dtype=torch.double) for _ in range(2)]
+    prior, llike, gan = written(nets, x, noise, config)
+    assert list(losses) == ["L_prior", "L_llike", "L_GAN"]
+    torch.testing.assert_close(list(losses.values()), [prior, llike, gan])
+    wanted = {"Enc": prior + 5 * llike, "Dec": 15 * llike - gan, "Dis": gan}
+    if preset == "lucabergamini":
+        wanted |= {"Enc": prior + llike, "Dec": 1e-6 * llike - (1 - 1e-6) * gan}
+    scale = max(float(loss.abs()) for loss in losses.values())
+    for name, loss in wanted.items():
+        gradients = grad(loss, [*nets[name].parameters()], retain_graph=True)
+        for (key, _), gradient in zip(nets[name].named_parameters(), gradients, strict=True):
+            step = steps[f"{name}.{key}"]
+            torch.testing.assert_close(step, gradient, rtol=1e-6, atol=1e-9 * scale)
+        assert max(g.abs().max() for g in gradients) > 1e-3
+    assert_same(counts, {name: v for name, v in nets.named_buffers() if "tracked" in name})
+
+
+@pytest.mark.parametrize(
+    "terms, dis, dec",
+    [
+        ((0.69, 0.69), True, True),
+        ((0.32, 0.69), False, True),
+        ((0.69, 0.32), False, True),
+        ((1.04, 0.69), True, False),
+        ((0.69, 1.04), True, False),
+        ((0.32, 1.04), True, True),
+        ((0.34, 1.02), True, True),
+    ],
+)
+def test_who_trains(terms, dis, dec, monkeypatch):
+    config, terms = configure("lucabergamini"), torch.tensor(terms)
+    assert vae_gan.who_trains(terms, config) == (dis, dec)
+    assert vae_gan.who_trains(terms, configure()) == (True, True)
+
+    def cross_entropies(logits, _):
+        return terms + 0 * torch.cat(logits).mean()
+
+    monkeypatch.setattr(vae_gan, "cross_entropies", cross_entropies)
+    nets, order = vae_gan.build(config, 1), []
+    opts = sgd(nets, 1e-9)
     for name, optimizer in opts.items():
-        optimizer.step = lambda name=name: before.append(name)
+        optimizer.step = lambda name=name: order.append(name)
     vae_gan.train_step(nets, opts, torch.rand(4, 1, 32, 32), config)
-    assert before == ["Dis"] * dis + ["Dec"] * dec + ["Enc"]
+    assert order == ["Dis"] * dis + ["Dec"] * dec + ["Enc"]
 
 
 def test_a_vae_is_gaussian_in_the_pixels():
     torch.manual_seed(0)
-    config = configure("--method", "vae")
-    nets, x = vae_gan.build(config, 1), torch.rand(4, 1, 32, 32)
-    opts = {name: torch.optim.SGD(net.parameters(), 1e-4) for name, net in nets.items()}
+    config = configure(method="vae")
+    nets, x, seen = vae_gan.build(config, 1), torch.rand(4, 1, 32, 32), []
     assert [*nets] == ["Enc", "Dec"]
-    seen = []
+    opts = sgd(nets, 1e-4)
     nets["Dec"].register_forward_hook(lambda _, __, out: seen.append(out.detach()))
-    prior, llike = vae_gan.vae_step(nets, opts, x, config)
-    torch.testing.assert_close(llike, (x - seen[0]).square().sum() / 2 / 4)
-    losses = [vae_gan.vae_step(nets, opts, x, config).sum() for _ in range(20)]
-    assert losses[-1] < 0.9 * (prior + llike)
+    first = vae_gan.vae_step(nets, opts, x, config)
+    torch.testing.assert_close(first["L_llike"], (x - seen[0]).square().sum() / 2 / 4)
+    for _ in range(20):
+        last = vae_gan.vae_step(nets, opts, x, config)
+    assert sum(last.values()) < 0.9 * sum(first.values())
 
 
-def test_clip():
-    p = nn.Parameter(torch.zeros(3))
-    for clip, step in ((0, 5.0), (1, 1.0)):
-        vae_gan.descend(torch.optim.SGD([p], 1.0), [torch.tensor([5.0, -0.5, -5.0])], clip)
-        torch.testing.assert_close(p.data, -torch.tensor([step, -0.5, -step])), p.data.zero_()
-    assert p.grad is None
+# Training
 
 
-def test_evaluation_leaves_the_statistics_alone_and_treats_images_one_by_one():
-    config = configure()
-    nets, x = vae_gan.build(config, 1), torch.rand(8, 784)
-    vae_gan.train_step(nets, {name: torch.optim.SGD(net.parameters(), 1e-3) for name, net in nets.items()},
-                       vae_gan.enlarge(x, (1, 28, 28), config), config)
-    before, seen = {k: v.clone() for k, v in nets.state_dict().items()}, vae_gan.maps(nets, config, (1, 28, 28), "cpu")
-    out = {name: seen[name](x) for name in ("encode", "short", "long")} | {"decode": seen["decode"](seen["prior"](8))}
-    assert out["decode"].shape == x.shape and 0 <= out["decode"].min() and out["decode"].max() <= 1
-    assert out["long"].shape == (8, 64)
-    torch.testing.assert_close(seen["encode"](x[:1]), out["encode"][:1])
-    torch.testing.assert_close(seen["decode"](seen["prior"](8)[:1]), out["decode"][:1])
-    assert_same(before, dict(nets.state_dict()))
+def test_main_gives_the_rates_their_decay_and_stops_at_max_steps(monkeypatch, tmp_path, cheap):
+    rates, sizes = [], []
 
+    def train_step(nets, opts, x, config):
+        rates.append({name: opt.param_groups[0]["lr"] for name, opt in opts.items()})
+        sizes.append((tuple(x.shape), x.min().item(), config.width))
+        return {"L_prior": torch.zeros(())}
 
-def test_latent_arithmetic():
-    """With E = G = identity, images of class a move by the difference of the classes' mean images."""
-    y = torch.arange(10).repeat(30)
-    x = nn.functional.one_hot(y, 12).float() + 0.01 * torch.rand(300, 12)
-    data, same = (x, y, x[:200], y[:200], (1, 3, 4)), {key: lambda x: x for key in ("short", "encode", "decode")}
-    wanted = vae_gan.directions(configure(), data)
-    rows = vae_gan.arithmetic(data, same, wanted)
-    assert [name for name, *_ in wanted] == ["3 → 8", "4 → 9", "7 → 1", "0 → 6"] and len(rows) == 3 * len(wanted)
-    for (a, b), (before, _, after) in zip(((3, 8), (4, 9), (7, 1), (0, 6)), zip(*[iter(rows)] * 3)):
-        assert len(before) == 10 and (before.argmax(1) == a).all() and (after.argmax(1) == b).all()
-        assert after[:, a].abs().max() < 0.05
-    assert vae_gan.directions(configure("--dataset", "folder:x"), (x, None, x, None, (1, 3, 4))) == []
-
-
-def test_attributes_of_celeba(monkeypatch):
-    class CelebA:
-        attr_names = ["Bald", "Blond_Hair", "Eyeglasses", "Male", "Smiling"]
-
-        def __init__(self, root, part):
-            self.attr = torch.arange(20)[:, None] >> torch.arange(5) & 1
-    monkeypatch.setattr("torchvision.datasets.CelebA", CelebA)
-    data = (torch.rand(16, 12), None, torch.rand(8, 12), None, (3, 2, 2))
-    wanted = {name: rest for name, *rest in vae_gan.directions(configure("--dataset", "celeba"), data)}
-    assert list(wanted) == ["Smiling", "Eyeglasses", "Male", "Blond_Hair"]
-    has, has_not, test = wanted["Eyeglasses"]
-    assert has.tolist() == [i >> 2 & 1 == 1 for i in range(16)] and has_not.equal(~has)
-    assert test.tolist() == [i >> 2 & 1 == 0 for i in range(8)]
-    assert vae_gan.directions(configure("--dataset", "celeba", "--split", "sw"), data) == []
-
-
-@pytest.mark.parametrize("extra", (["--recipe", "seed003"], ["--method", "vae"]))
-def test_ctrl_c_saves_and_resumes(extra, tmp_path, monkeypatch, capsys):
-    tick, runs = shared.Run.tick, tmp_path / "vae_gan"
-    extra = [*extra, "--smoke", "--width", "0.1", "--out-dir", str(tmp_path), "--batch-size", "16"]
-    monkeypatch.setattr(shared, "evaluate", lambda *_, **__: {"eval/recon_mse": 0.0})
+    monkeypatch.setattr(vae_gan, "train_step", train_step)
+    monkeypatch.setattr(vae_gan, "evaluate", lambda *_, **__: {"eval/recon_mse": 0.0})
     monkeypatch.setattr(vae_gan, "draw", lambda *_: None)
-    train_here(monkeypatch, vae_gan, *extra, "--run-name", "straight")
+    options = ["--smoke", "--width", 1, "--image-size", 64, "--out-dir", tmp_path]
+    train(monkeypatch, vae_gan, *options, "--lr-decay", 0.75, "--max-steps", 4)
+    assert set(sizes) == {((64, 1, 32, 32), -1.0, 1 / 16)}  # a smoke run's nets are small
+    assert len(rates) == 2 * 4
+    first, last = {"Enc": 3e-4, "Dec": 3e-4, "Dis": 3e-5}, {"Enc": 2.25e-4, "Dec": 2.25e-4}
+    assert rates[:4] == [pytest.approx(first)] * 4
+    assert rates[4:] == [pytest.approx(last | {"Dis": 2.25e-5})] * 4
 
-    def tick_then_signal(run, *args):
-        tick(run, *args)
-        if run.at["steps"] == 6:  # the second iteration of the second epoch
-            os.kill(os.getpid(), signal.SIGINT)
-    with monkeypatch.context() as patch:
-        patch.setattr(shared.Run, "tick", tick_then_signal)
-        with pytest.raises(SystemExit) as stop:
-            train_here(patch, vae_gan, *extra, "--run-name", "stopped")
-    assert stop.value.code == 130 and "--resume" in capsys.readouterr().err
-    train_here(monkeypatch, vae_gan, "--resume", str(runs / "stopped/checkpoint.pt"))
-    a, b = (torch.load(runs / name / "checkpoint.pt", weights_only=True) for name in ("straight", "stopped"))
-    assert len(a["trace"]) == 8
-    for part in a.keys() - {"config", "run"}:
-        assert_same(a[part], b[part])
-    if "seed003" in extra:
-        assert {a[f"opt_{name}"]["param_groups"][0]["lr"] for name in ("Enc", "Dec", "Dis")} == {1e-4 * 0.75}
+
+def test_presets_fill_defaults():
+    def parsed(*words):
+        return shared.parse_config(vae_gan.Config, vae_gan.PRESETS, list(words))
+
+    config = parsed("--preset=lucabergamini", "--lr=0.1")
+    assert (config.lr, config.alpha, config.lr_decay, config.dis_lr) == (0.1, 0.9, 0.75, 1.0)
+    assert (config.reduction, config.gamma_enc, config.lambda_mse) == ("sum", 1.0, 1e-6)
+    assert not config.gan_reconstruction and config.margin == 0.35
+    assert parsed().preset == "rishabhd786" and parsed("--image_size=64").image_size == 64
+
+
+# Evaluation
+
+
+@pytest.fixture
+def small():
+    """Nets after a step, and toy data."""
+    torch.manual_seed(0)
+    config, data = configure(epochs=1), toy_data()
+    nets = vae_gan.build(config, 1)
+    x = vae_gan.enlarge(data.images(data.x_train[:16]), config)
+    vae_gan.train_step(nets, sgd(nets, 1e-3), x, config)
+    return config, data, nets
+
+
+def test_what_evaluate_measures(small, monkeypatch):
+    config, data, nets = small
+    before, given, prior = state_of(nets), record(monkeypatch), vae_gan.prior
+    monkeypatch.setattr(vae_gan, "prior", lambda n, *rest: prior(n // 50, *rest))  # of 10,000
+    vae_gan.evaluate(nets, data, config, full=True)
+    assert_same(before, state_of(nets))
+
+    def enlarged(x):
+        return interpolate(data.images(x), (32, 32), mode="bicubic").clamp(0, 1) * 2 - 1
+
+    def pixels(x):
+        x = interpolate(x, (28, 28), mode="bicubic", antialias=True).clamp(-1, 1)
+        return (x.flatten(1) + 1) / 2
+
+    Enc, Dec = nets.eval()["Enc"], nets["Dec"]
+    z = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        train, test = enlarged(data.x_train), enlarged(data.x_test)
+        (x_rec, x_fake), (none, resized) = given["images"]
+        torch.testing.assert_close(x_rec, pixels(Dec(Enc(test)[0])))
+        torch.testing.assert_close(x_fake, pixels(Dec(z)))
+        torch.testing.assert_close(resized, pixels(test))  # the floor
+        assert none is None
+        torch.testing.assert_close(given["short"][0], Enc(train)[0])
+        torch.testing.assert_close(given["short"][1], Enc(test)[0])
+        torch.testing.assert_close(given["long"][0], Enc[:-1](train))
+        torch.testing.assert_close(given["long"][1], Enc[:-1](test))
+
+
+def test_the_floor_is_of_mnist_alone(small, monkeypatch):
+    config, data, nets = small
+    monkeypatch.setattr(shared, "code_metrics", lambda *_, **__: {})
+    monkeypatch.setattr(vae_gan, "prior", lambda *_: torch.zeros(100, 3))
+    assert "eval/fid_floor" in vae_gan.evaluate(nets, data, config, full=True)
+    other = vae_gan.evaluate(nets, data._replace(name="fashion_mnist"), config, full=True)
+    assert other.keys() == {"eval/recon_mse"}
+
+
+def test_drawing_leaves_the_nets_alone(small):
+    config, data, nets = small
+    before, run = state_of(nets), fake_run(nets, config)
+    vae_gan.draw(run, data, config)
+    assert_same(before, state_of(nets))
+    assert run.names == ["samples", "reconstructions", "arithmetic"]
+    run.names.clear()
+    vae_gan.draw(run, data._replace(y_train=None), config)
+    run.epoch = 0  # not the last
+    vae_gan.draw(run, data, config)
+    assert run.names == ["samples", "reconstructions"] * 2
+
+
+def test_latent_arithmetic_moves_from_class_to_class(monkeypatch):
+    """With Enc and Dec the identity images of a move by the difference of the mean images."""
+    y = torch.arange(10).repeat(30)
+    x = one_hot(y, 12).float() + 0.01 * torch.rand(300, 12)
+    data = shared.Data("mnist", x, y, x[:200], y[:200], torch.Size((1, 3, 4)))
+    monkeypatch.setattr(vae_gan, "encode", lambda Enc, x, *_: (None, x))
+    monkeypatch.setattr(vae_gan, "decode", lambda Dec, z, _: z)
+    images, names = vae_gan.arithmetic({"Enc": None, "Dec": None}, data, configure())
+    rows = images.unflatten(0, (-1, 10))
+    assert len(rows) == len(names) == 12
+    for i, (a, b) in enumerate(((3, 8), (4, 9), (7, 1), (0, 6))):
+        before, rec, after = rows[3 * i : 3 * i + 3]
+        assert names[3 * i : 3 * i + 3] == ["x", "Dec(μ)", f"{a} → {b}"]
+        assert (before.argmax(1) == a).all() and rec.equal(before)
+        assert (after.argmax(1) == b).all() and after[:, a].abs().max() < 0.05

@@ -1,0 +1,224 @@
+"""Speed of a training step of every trained experiment, or of those named.
+
+    python tests/benchmark.py                          # all
+    python tests/benchmark.py train_fc_alae bigan_mnist --steps 100
+    python tests/benchmark.py vae_gan -- --width 1 --image-size 64      # options of the experiment
+    python tests/benchmark.py vae_gan --public -- --width 1 --image-size 64
+    python tests/benchmark.py --waiting                # what waiting threads cost
+
+ms per iteration (median), images/s, executed FLOP/s over torch.mm's on 128×1024 by 1024×1024, peak
+memory. The loop is the experiment's own: what is timed is all between two calls of Run.step.
+--public: beside rishabhd786/VAE-GAN-PYTORCH's order of computation on the same nets, in turns.
+"""
+
+import argparse
+import contextlib
+import importlib
+import itertools
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import shared
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+FOLDERS = ("step1_linear", "step2_gan", "step3_official_alae", "baselines")
+sys.path.extend(str(shared.ROOT / folder) for folder in FOLDERS)
+vae_gan = importlib.import_module("vae_gan")
+WAITING = {
+    "OpenMP's default": {"GOMP_SPINCOUNT": "default"},
+    "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
+    "GOMP_SPINCOUNT=3000": {"GOMP_SPINCOUNT": "3000"},
+    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
+}
+
+
+class Enough(Exception):
+    """So many steps were timed."""
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class CountFlops(TorchDispatchMode):
+    """Adds up the FLOPs of products and convolutions, those of gradients included."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        count = flop_registry.get(function._overloadpacket)
+        if count:
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def watched(steps, times, counted):
+    """A Run.step that notes the time of each step, counts the FLOPs of the second, and ends it."""
+    counter = CountFlops()
+
+    def step(run, losses, images):
+        synchronize()
+        times.append(time.perf_counter())
+        if len(times) == 1:
+            counter.__enter__()
+        elif len(times) == 2:
+            counter.__exit__(None, None, None)
+            counted.extend([counter.flops, images])
+        elif len(times) == steps + 3:
+            raise Enough
+
+    return step
+
+
+def run_steps(name, steps, options):
+    """Times of the steps of an experiment's own loop; FLOPs and images of one."""
+    module = importlib.import_module(name)
+    times, counted = [], []
+    shared.Run.step = watched(steps, times, counted)
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv = [module.__file__, "--out-dir", folder, *options]
+        config = shared.parse_config(module.Config, getattr(module, "PRESETS", None))
+        with contextlib.suppress(Enough):
+            module.main(config)
+    return [b - a for a, b in itertools.pairwise(times[2:])], *counted
+
+
+def mm_rate(n=100):
+    """FLOP/s of torch.mm, median."""
+    a, b = torch.randn(128, 1024), torch.randn(1024, 1024)
+    times = []
+    for _ in range(n):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        times.append(time.perf_counter() - start)
+    return 2 * 128 * 1024 * 1024 / statistics.median(times)
+
+
+def benchmark(name, steps, options):
+    before = mm_rate()
+    seconds, flops, images = run_steps(name, steps, options)
+    rate = (before + mm_rate()) / 2
+    median = statistics.median(seconds)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (
+        20 if sys.platform == "darwin" else 10
+    )
+    print(
+        f"{name:24s} {1e3 * median:9.2f} ms  {images / median:9.0f} images/s  "
+        f"{flops / median / rate:5.2f} of torch.mm ({rate / 1e9:.0f} GFLOP/s)  {peak:6.0f} MiB",
+        flush=True,
+    )
+
+
+def public_order_step(nets, opts, x, config):
+    """An iteration of the VAE-GAN in the order of github.com/rishabhd786/VAE-GAN-PYTORCH: ten
+    forward passes of Dis, and gradients that nobody wants."""
+    Enc, Dec, Dis = nets["Enc"], nets["Dec"], nets["Dis"]
+
+    def autoencode():
+        mu, log_var = Enc(x)
+        return mu, log_var, Dec(mu + (log_var / 2).exp() * torch.randn_like(mu))
+
+    def features_and_logits(*images):
+        features = [Dis[0](part) for part in images]
+        return features, [Dis[1](part) for part in features]
+
+    def update(name, loss):
+        opts[name].zero_grad()
+        loss.backward(retain_graph=True)
+        opts[name].step()
+
+    mu, _, x_rec = autoencode()
+    x_p = Dec(torch.randn_like(mu))
+    _, logits = features_and_logits(x, x_rec, x_p)
+    update("Dis", vae_gan.cross_entropies(logits, config).sum())
+
+    _, logits = features_and_logits(x, x_rec, x_p)
+    gan = vae_gan.cross_entropies(logits, config).sum()
+    features, _ = features_and_logits(x, x_rec)
+    update("Dec", config.gamma * vae_gan.L_llike(*features, "mean") - gan)
+
+    mu, log_var, x_rec = autoencode()
+    features, _ = features_and_logits(x, x_rec)
+    llike = vae_gan.L_llike(*features, "mean")
+    update("Enc", vae_gan.L_prior(mu, log_var, "mean") + config.gamma_enc * llike)
+
+
+def compare_with_public_order(steps, options):
+    """VAE-GAN: our step and the public code's order of computation, in turns in one training."""
+    ours, seconds = vae_gan.train_step, {"ours": [], "public": []}
+
+    def timed(label, step, arguments):
+        start = time.perf_counter()
+        losses = step(*arguments)
+        synchronize()
+        seconds[label].append(time.perf_counter() - start)
+        return losses
+
+    def both(*arguments):
+        timed("public", public_order_step, arguments)
+        return timed("ours", ours, arguments)
+
+    vae_gan.train_step = both
+    run_steps("vae_gan", steps, options)
+    mine, theirs = (statistics.median(found[2:]) for found in seconds.values())
+    print(f"ours {1e3 * mine:.0f} ms, in the public order {1e3 * theirs:.0f}: {mine / theirs:.3f}")
+
+
+def waiting(steps):
+    """train_fc_alae with two threads: alone, beside a busy process, and two at once."""
+    command = [sys.executable, __file__, "train_fc_alae", "--steps", str(steps)]
+    busy = [sys.executable, "-c", "while True: pass"]
+    print("| setting | alone | beside a busy process | two at once |\n| --- | --- | --- | --- |")
+    usual = {k: v for k, v in os.environ.items() if not k.startswith(("OMP", "GOMP"))}
+    for label, setting in WAITING.items():
+        env = usual | setting | {"OMP_NUM_THREADS": "2"}
+
+        def start(env=env):
+            return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+
+        cells = []
+        for together in ([], [busy], [command]):
+            first = start()
+            others = [subprocess.Popen(c, env=env, stdout=subprocess.DEVNULL) for c in together]
+            cells.append(first.communicate()[0].split()[1])
+            for other in others:
+                other.terminate()
+                other.wait()
+        print(f"| {label} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--public", action="store_true")
+    parser.add_argument("--waiting", action="store_true")
+    own, options = sys.argv[1:], []
+    if "--" in own:
+        own, options = own[: own.index("--")], own[own.index("--") + 1 :]
+    args = parser.parse_args(own)
+    paths = sorted(p for p in shared.ROOT.glob("*/*.py") if p.parent.name in FOLDERS)
+    names = args.names or [path.stem for path in paths if "run.epochs(" in path.read_text()]
+    if args.waiting:
+        waiting(args.steps)
+    elif args.public:
+        compare_with_public_order(args.steps, options)
+    elif len(names) == 1:
+        benchmark(names[0], args.steps, options)
+    else:
+        for name in names:
+            command = [sys.executable, __file__, name, "--steps", str(args.steps), "--", *options]
+            subprocess.run(command, check=True)

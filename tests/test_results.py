@@ -1,0 +1,420 @@
+"""Sweeps run here as W&B would run them; tables and figures say what the kept runs say."""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from argparse import Namespace
+
+import figures
+import paper_table
+import pytest
+import sweep
+import table
+from conftest import ROOT
+from wandb import wandb_agent
+
+SWEEPS = sorted(ROOT.glob("*/sweeps/*.yaml"))
+CHOICES = "step1_linear/ablation", "step3_official_alae/ablation"  # what is chosen, on val
+CHOICES += ("step3_official_alae/equalized_lr",)
+COMMAND = ["${env}", "python", "${program}", "${args_no_boolean_flags}"]
+PROGRAM = """
+import json, sys, time
+from pathlib import Path
+if __name__ == "__main__":  # an experiment of milliseconds
+    given = dict(zip(sys.argv, sys.argv[1:]))
+    if "--resume" in given:
+        folder = Path(given["--resume"]).parent
+    else:
+        folder = Path(given["--out-dir"], "fake", given["--run-name"])
+        folder.mkdir(parents=True)
+    commands = json.dumps(["python fake.py " + " ".join(sys.argv[1:])])
+    if "--resume" not in given:
+        (folder / "summary.json").write_text('{"status": "running", "commands": %s}' % commands)
+        (folder / "argv").write_text(" ".join(sys.argv[1:]))
+    if "--seed=7" in sys.argv:
+        print("nothing learned")
+        sys.exit("fake.py: error: seven")
+    if "--seed=8" in sys.argv:
+        try:
+            (folder / "asleep").touch()
+            time.sleep(60)
+        except KeyboardInterrupt:
+            (folder / "checkpoint.pt").touch()
+            sys.exit(130)
+    (folder / "summary.json").write_text('{"status": "done", "commands": %s}' % commands)
+else:
+    from dataclasses import dataclass
+    import shared
+    @dataclass
+    class Config(shared.Protocol):
+        rate: float = shared.option(0.1, "a rate")
+        joint: bool = shared.option(False, "a switch")
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Runs a sweep over seeds of a program of milliseconds; returns its folder of runs."""
+    (tmp_path / "fake.py").write_text(PROGRAM)
+    monkeypatch.delitem(sys.modules, "fake", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(*seeds, workers=2, more=()):
+        parameters = {"seed": {"values": list(seeds)}, "rate": {"value": 0.5}}
+        content = {"program": str(tmp_path / "fake.py"), "method": "grid"}
+        content |= {"parameters": parameters, "command": COMMAND}
+        (tmp_path / "study.yaml").write_text(json.dumps(content))  # JSON is YAML
+        options = {"files": [tmp_path / "study.yaml"], "out_dir": tmp_path / "runs"}
+        options |= {"workers": workers, "dry": False, "more": list(more)}
+        sweep.main(Namespace(**options))
+
+    run.folder = tmp_path / "runs/fake"
+    return run
+
+
+def status(folder):
+    return json.loads((folder / "summary.json").read_text())["status"]
+
+
+# Sweeps
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: f"{path.parts[-3]}/{path.stem}")
+def test_every_command_of_every_sweep_is_one_that_its_program_understands(path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    content = sweep.utils.load_sweep_config(str(path))
+    options = Namespace(out_dir=ROOT / "runs", dry=True, more=[])
+    jobs = []
+    for name, command in sweep.expand(path).items():
+        jobs.append(sweep.read_job(name, command, options))
+        assert command[:2] == ["/usr/bin/env", "python"] and (ROOT / command[2]).exists()
+    combinations = 1
+    for parameter in content["parameters"].values():
+        combinations *= len(parameter.get("values", [0]))
+    assert len({job.folder for job in jobs}) == combinations and content["command"] == COMMAND
+    if f"{path.parts[-3]}/{path.stem}" in CHOICES:
+        assert all("--split=val" in job.arguments for job in jobs)
+
+
+def test_commands_are_those_of_a_wandb_agent(tmp_path, monkeypatch):
+    parameters = {"joint": {"values": [True, False]}, "k": {"value": 3}, "lr": {"values": [0.5]}}
+    content = {"program": "a/b.py", "method": "grid", "parameters": parameters, "command": COMMAND}
+    (tmp_path / "s.yaml").write_text(json.dumps(content))
+    commands = sweep.expand(tmp_path / "s.yaml")
+    assert list(commands) == ["s-joint-lr0.5", "s-no-joint-lr0.5"]
+
+    started = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(wandb_agent, "AgentProcess", lambda command, **_: started.append(command))
+    monkeypatch.setenv("WANDB_RUN_ID", "restored afterwards")
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", "restored afterwards")
+    agent = object.__new__(wandb_agent.Agent)
+    agent._sweep_command, agent._function, agent._in_jupyter = COMMAND, None, False
+    agent._forward_signals, agent._run_processes = False, {}
+    for joint in (True, False):
+        args = {"joint": {"value": joint}, "k": {"value": 3}, "lr": {"value": 0.5}}
+        with contextlib.suppress(AttributeError):  # of the process, which is none
+            agent._command_run({"run_id": "r", "program": "a/b.py", "args": args})
+    assert started == list(commands.values())
+    assert started[1] == ["/usr/bin/env", "python", "a/b.py", "--k=3", "--lr=0.5"]
+
+
+def test_a_sweep_trains_each_run_once(fake):
+    fake(0, 1)
+    first = fake.folder / "study-seed0"
+    assert [status(fake.folder / f"study-seed{i}") for i in (0, 1)] == ["done", "done"]
+    assert (first / "argv").read_text().startswith("--seed=0 --rate=0.5 --out-dir ")
+    at = (first / "summary.json").stat().st_mtime_ns
+    fake(0, 1, 2)
+    assert (first / "summary.json").stat().st_mtime_ns == at
+    assert status(fake.folder / "study-seed2") == "done"
+
+
+def test_what_was_stopped_goes_on_and_what_never_began_starts_anew(fake, capsys):
+    for seed, file in ((0, "checkpoint.pt"), (1, "config.json")):
+        folder = fake.folder / f"study-seed{seed}"
+        folder.mkdir(parents=True)
+        (folder / file).touch()
+        commands = [f"python fake.py --seed={seed} --rate=0.5"]
+        summary = {"status": "interrupted", "commands": commands}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    fake(0, 1)
+    stopped, new = fake.folder / "study-seed0", fake.folder / "study-seed1"
+    done = json.loads((stopped / "summary.json").read_text())
+    assert done["status"] == "done"
+    assert done["commands"] == [f"python fake.py --resume {stopped}/checkpoint.pt"]
+    assert status(new) == "done" and not (new / "config.json").exists()
+    said = capsys.readouterr().out
+    assert "study-seed0 goes on" in said and "study-seed1 starts" in said
+
+
+def test_a_run_of_an_older_version_of_the_file_is_not_taken_for_done(fake, capsys):
+    folder = fake.folder / "study-seed0"
+    folder.mkdir(parents=True)
+    summary = {"status": "done", "commands": ["python fake.py --seed=0 --rate=0.25"]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(SystemExit) as stop:
+        fake(0)
+    assert stop.value.code == 2 and "is of another command" in capsys.readouterr().err
+
+
+def test_a_failing_run_is_named_with_its_last_words_and_the_others_are_trained(fake, capsys):
+    with pytest.raises(SystemExit) as stop:
+        fake(7, 0, workers=1)
+    said = capsys.readouterr()
+    assert stop.value.code == 1 and "1 of 2 runs failed" in said.err
+    assert "study-seed7 ended with code 1: fake.py: error: seven" in said.out
+    assert status(fake.folder / "study-seed0") == "done"
+
+
+def test_two_sweeps_do_not_train_the_same_run_twice(fake):
+    folder = fake.folder / "study-seed0"
+    folder.mkdir(parents=True)
+    summary = {"status": "done", "commands": ["python fake.py --seed=0 --rate=0.5"]}
+
+    def end(log):
+        (folder / "summary.json").write_text(json.dumps(summary))
+        log.close()
+
+    log = open(f"{folder}.log", "a")  # noqa: SIM115
+    fcntl.flock(log, fcntl.LOCK_EX)
+    other = threading.Timer(1, end, [log])
+    other.start()
+    fake(0, 1)
+    other.join()
+    assert not (folder / "argv").exists() and status(folder) == "done"
+    assert status(fake.folder / "study-seed1") == "done"
+
+
+def test_ctrl_c_stops_the_children_and_the_same_command_goes_on(fake, capsys):
+    def interrupt():
+        while not (fake.folder / "study-seed8/asleep").exists():
+            time.sleep(0.01)
+        time.sleep(0.3)  # more than a look at what is to do
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(SystemExit) as stop:
+        fake(8, 0, workers=1)
+    assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    assert (fake.folder / "study-seed8/checkpoint.pt").exists()
+    assert not (fake.folder / "study-seed0").exists()
+    fake(8, 0)
+    assert [status(fake.folder / f"study-seed{i}") for i in (0, 8)] == ["done", "done"]
+
+
+def test_a_sweep_with_an_option_that_is_none_ends_before_it_begins(fake, capsys):
+    with pytest.raises(SystemExit) as stop:
+        fake(0, more=["--speed=3"])
+    assert stop.value.code == 2 and "--speed=3" in capsys.readouterr().err
+    assert not fake.folder.exists()
+
+
+def test_a_file_that_is_no_grid_is_refused(tmp_path, capsys):
+    (tmp_path / "s.yaml").write_text('{"program": "a.py", "method": "random", "parameters": {}}')
+    for path in (tmp_path / "s.yaml", tmp_path / "none.yaml"):
+        with pytest.raises(SystemExit) as stop:
+            sweep.expand(path)
+        assert stop.value.code == 2 and "method: grid" in capsys.readouterr().err
+
+
+def test_more_options_reach_every_run(fake):
+    fake(0, more=["--joint"])
+    assert "--seed=0 --rate=0.5 --joint --out-dir" in (fake.folder / "study-seed0/argv").read_text()
+
+
+# Tables
+
+
+def summary(seed, accuracy, **more):
+    run = {"experiment": "e", "run": f"r{seed}", "setting": "lr 0.004", "dataset": "mnist"}
+    run |= {"split": "dw", "seed": seed, "epochs": 20, "status": "done", "wall_s": 60.0}
+    run |= {"commands": ["python e.py"], "hardware": "CPU", "torch": "2", "train/loss": 1.0}
+    return run | {"eval/svm_acc_short": accuracy} | more
+
+
+def cells(text):
+    """The cells of a table's lines, but for the head."""
+    lines = [line for line in text.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def write(folder, *runs):
+    for run in runs:
+        (folder / run["run"]).mkdir(parents=True)
+        (folder / run["run"] / "summary.json").write_text(json.dumps(run))
+    return folder
+
+
+def test_mean_and_std_over_seeds():
+    runs = [summary(0, 90.0), summary(1, 92.0), summary(2, 94.0), summary(2, 94.0)]
+    text = table.tables(runs)
+    assert cells(text) == [["lr 0.004", "20 epochs", "mnist dw", "3", "92.00 ± 2.00"]]
+    assert "- `python e.py`: 20 epochs, dw, seeds 0, 1, 2, 1.0 minutes on CPU" in text
+
+
+def test_settings_splits_lengths_and_references_have_rows_of_their_own():
+    runs = [summary(0, 90.0), summary(0, 80.0, setting=""), summary(0, 70.0, split="val")]
+    runs += [summary(0, 60.0, epochs=5) | {"pixels/svm_acc_short": 91.0}]
+    rows = [(row[0], *row[1:]) for row in cells(table.table(runs))]
+    assert rows == [
+        ("lr 0.004", "5 epochs", "mnist dw", "1", "60.00"),
+        ("raw pixels", "0 epochs", "mnist dw", "1", "91.00"),
+        ("default", "20 epochs", "mnist dw", "1", "80.00"),
+        ("lr 0.004", "20 epochs", "mnist dw", "1", "90.00"),
+        ("lr 0.004", "20 epochs", "mnist val", "1", "70.00"),
+    ]
+
+
+def test_unfinished_runs_do_not_count_and_evaluations_are_told_from_trainings(tmp_path):
+    again = summary(0, 90.0, run="c", commands=["python e.py --eval assets/model.pt"])
+    runs = [summary(0, 90.0, run="a"), summary(1, 1.0, run="b", status="interrupted"), again]
+    found = table.summaries(write(tmp_path, *runs))
+    assert [s["run"] for s in found] == ["a", "c"]
+    assert found[1]["setting"] == "lr 0.004, --eval model.pt"
+
+
+def test_a_command_is_a_bullet_and_those_of_a_resumed_run_are_a_chain():
+    text = table.commands([summary(0, 90.0, commands=["python e.py", "python e.py --resume x"])])
+    assert text.splitlines()[0] == "- `python e.py`, then" and text.count("\n- `") == 1
+
+
+def test_a_table_in_a_readme_is_renewed_between_its_markers(monkeypatch, tmp_path):
+    write(tmp_path / "results", summary(0, 90.0), summary(1, 92.0))
+    write(tmp_path / "results", summary(0, 1.0, split="val", run="v"))
+    (tmp_path / "results/paper_table").mkdir()
+    (tmp_path / "results/paper_table/clean.md").write_text("as it is\n")
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    marker = "<!-- table: e | mnist dw | svm_acc_short fid -->"
+    old = f"a\n{marker}\nold\n<!-- /table -->\nb\n<!-- table: clean -->\n<!-- /table -->\n"
+    new = table.renew(old)
+    assert new.startswith(f"a\n{marker}\n| run |") and "old" not in new and "\nb\n" in new
+    assert cells(new) == [["lr 0.004", "20 epochs", "mnist dw", "2", "91.00 ± 1.41"]]
+    assert "<!-- table: clean -->\nas it is\n<!-- /table -->" in new and table.renew(new) == new
+
+
+def test_no_readme_is_stale():
+    for path, text in table.readmes().items():
+        assert path.read_text() == text, f"{path} is stale: run python results/table.py --readme"
+    assert "<!-- table: all runs -->" in (ROOT / "results/README.md").read_text()
+
+
+def test_collecting_keeps_metrics_and_refuses_to_replace_another_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    run = write(tmp_path / "runs", summary(0, 90.0, id="first")) / "r0"
+    (run / "metrics.csv").write_text("epoch\n1\n")
+    table.collect(run)
+    assert table.summaries(tmp_path / "results") == [summary(0, 90.0, id="first")]
+    assert (tmp_path / "results/e/r0.csv").read_text() == "epoch\n1\n"
+    (run / "summary.json").write_text(json.dumps(summary(0, 95.0, id="first", epochs=30)))
+    table.collect(run)  # the same run, continued
+    (run / "summary.json").write_text(json.dumps(summary(0, 99.0, id="second")))
+    with pytest.raises(SystemExit):
+        table.collect(run)
+    assert "of another run of that name" in capsys.readouterr().err
+    assert table.summaries(tmp_path / "results")[0]["eval/svm_acc_short"] == 95.0
+
+
+def test_kept_results_have_the_facts_that_a_claim_needs():
+    for path in sorted((ROOT / "results").rglob("*.json")):
+        s = json.loads(path.read_text())
+        facts = {"experiment", "run", "dataset", "split", "seed", "setting", "commands", "commits"}
+        assert facts | {"hardware", "wall_s", "torch"} <= s.keys(), path
+        assert path.stem == s["run"] and s["status"] == "done" and (s.get("steps") or s["epochs"])
+        if s["experiment"] == "aae" and "labels" in s["setting"]:  # its decoder knows test labels
+            assert not {"eval/identity", "eval/recon_mse"} & s.keys()
+
+
+# Table 1 of the paper
+
+
+def paper_run(method, split, seed, value, epochs=7, **more):
+    kinds = ("knn_acc_short", "knn_acc_long", "svm_acc_short", "svm_acc_long")
+    numbers = {f"eval/{kind}": value for kind in kinds}
+    numbers |= {"eval/recon_mse": 0.01, "eval/identity": 90.0, "eval/fid": 10.0}
+    facts = {"experiment": method[0], "setting": method[1], "split": split, "epochs": epochs}
+    facts |= {"run": f"{method[0]}{method[1]}{split}{seed}{epochs}{len(more)}"}
+    return summary(seed, value) | facts | numbers | more
+
+
+BIGAN, OFFICIAL = ("bigan_mnist", ""), ("train_fc_alae", "")
+FAST = ("train_fc_alae", "preset fast")
+
+
+def test_ours_stand_below_the_papers(tmp_path):
+    runs = [paper_run(OFFICIAL, "dw", 0, 94.0), paper_run(OFFICIAL, "dw", 1, 96.0)]
+    runs += [paper_run(FAST, "sw", 0, 93.0, 9), paper_run(FAST, "val", 0, 1.0)]
+    again = ["python e.py --eval model.pt"]
+    runs += [paper_run(OFFICIAL, "dw", 1, 50.0, commands=again)]  # counted once, as trained
+    found = paper_table.gather(write(tmp_path, *runs))
+    rows = cells(paper_table.table(found, "long"))
+    paper = ["**ALAE**, paper", "", "5", "97.61", "98.20", "97.47", "98.64"]
+    ours = ["ALAE, official setting", "7", "2", "–", "–", "95.00 ± 1.41", "95.00 ± 1.41"]
+    place = rows.index(paper)
+    assert rows[place + 1] == ours
+    assert rows[place + 2] == ["ALAE, preset fast", "9", "1", "93.00", "93.00", "–", "–"]
+    front = cells(paper_table.front_table(found))
+    assert front[0][:7] == [*ours[:3], "94.59", "95.00 ± 1.41", "94.23", "95.00 ± 1.41"]
+
+
+def test_the_ablation_shows_presets_on_validation_images_alone(tmp_path):
+    slope = ("train_fc_alae", "preset rate-slope")
+    runs = [
+        paper_run(slope, "val", 0, 50.0),
+        paper_run(slope, "dw", 1, 1.0),
+        paper_run(FAST, "val", 0, 2.0),
+    ]
+    rows = cells(paper_table.ablation(paper_table.gather(write(tmp_path, *runs))))
+    assert [row[:4] for row in rows] == [["rate-slope", "7", "1", "0.0100"]]
+
+
+def test_along_the_training_of_the_longest_run_and_at_the_ends_of_longer_ones(tmp_path):
+    runs = [paper_run(OFFICIAL, "dw", 0, 94.0, epochs) for epochs in (5, 10, 20)]
+    write(tmp_path, *runs)
+    rows = "epoch,eval/recon_mse,eval/fid\n5,0.05,50\n10,0.04,40\n"
+    (tmp_path / runs[1]["run"] / "metrics.csv").write_text(rows)
+    line = paper_table.along(paper_table.gather(tmp_path))["ALAE, official setting"]
+    assert [(epoch, row["eval/fid"]) for epoch, row in line.items()] == [
+        (5, 50),
+        (10, 10.0),
+        (20, 10.0),
+    ]
+
+
+def test_the_committed_tables_are_those_of_the_committed_runs():
+    found = paper_table.gather(ROOT / "results")
+    for name, make in paper_table.TABLES.items():
+        text = (ROOT / f"results/paper_table/{name}.md").read_text()
+        assert text == make(found), f"{name}.md is stale: run step3_official_alae/paper_table.py"
+
+
+# Figures
+
+
+def test_a_figure_shows_the_runs_of_a_sweep_as_it_shows_the_one_run_that_had_all(tmp_path):
+    study = "linear_alae", "ablation", "ablation-val-k10", figures.ABLATION
+    old = figures.study(ROOT / "results", *study)
+    assert old["critic: linear"][1] == {"ratio_test": pytest.approx(1.9399, abs=1e-4)}
+    for preset, label in figures.ABLATION.items():
+        for seed, metrics in old[label].items():
+            more = {"experiment": "linear_alae", "run": f"ablation-{preset}-seed{seed}"}
+            write(
+                tmp_path, summary(seed, 0.0, **more, **{"eval/ratio_test": metrics["ratio_test"]})
+            )
+    new = figures.study(tmp_path, *study)
+    for label, seeds in old.items():
+        assert len(seeds) == 3
+        for seed, metrics in seeds.items():
+            assert new[label][seed]["ratio_test"] == metrics["ratio_test"]
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_every_figure_is_drawn_from_what_is_kept(name):
+    make, home = figures.FIGURES[name]
+    assert (ROOT / home / f"{name}.png").exists()
+    assert make(ROOT / "results").axes
