@@ -256,9 +256,8 @@ def evaluate(nets, data, config, full=False):
     nets.eval()
     hidden_train, mu_train = encode(nets["Enc"], data.x_train, data, config)
     hidden_test, mu_test = encode(nets["Enc"], data.x_test, data, config)
-    x_rec = decode(nets["Dec"], mu_test, data)
     x_fake = decode(nets["Dec"], prior(10_000, config, mu_test.device), data)
-    metrics = shared.image_metrics(data, x_rec, x_fake)
+    metrics = shared.image_metrics(data, decode(nets["Dec"], mu_test, data), x_fake)
     metrics |= shared.code_metrics(data, mu_train, mu_test, "short", full)
     if full:
         metrics |= shared.code_metrics(data, hidden_train, hidden_test, "long")
@@ -322,9 +321,10 @@ def main(config):
     run = shared.Run(config, device, nets, steps)  # its own
     for epoch in run.epochs(parts):
         set_rates(opts, config, epoch)  # its own
-        for i in shared.batches(x_train, config.batch_size, config.seed, epoch)[:steps]:  # its own
-            x = enlarge(data.images(x_train[i]), config)  # its own
-            losses = step(nets, opts, x, config)  # its own
+        for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
+            if run.step_in_epoch == steps:  # its own
+                break  # its own
+            losses = step(nets, opts, enlarge(data.images(x_train[i]), config), config)  # its own
             run.step(losses, len(i))
         run.log_losses()
         if run.is_due():

@@ -74,7 +74,7 @@ def dots(axes, found, value, xlabel, colored=False):
     for i, seeds in enumerate(found.values()):
         color = f"C{i}" if colored else "C0"
         numbers = [value(run) for run in seeds.values()]
-        axes.plot(numbers, [i] * len(numbers), "o", color=color, alpha=0.7)
+        axes.plot(numbers, [i for _ in numbers], "o", color=color, alpha=0.7)
     axes.set_yticks(range(len(found)), list(found))
     axes.set(xscale="log", xlabel=xlabel)
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -159,7 +159,7 @@ def table1(folder):
                 runs = splits.get(split, {}).values()
                 values = [run[f"eval/{kind}_acc_{length}"] for run in runs]
                 style = {"mfc": "none", "color": "C0", "markersize": 3 + 5 * epochs / longest}
-                axes.plot(values, [y] * len(values), "o", **style)
+                axes.plot(values, [y for _ in values], "o", **style)
         axes.set_yticks(range(len(found)), [label for _, label in paper_table.METHODS.values()])
         axes.set_title(f"{paper_table.CLASSIFIERS[kind]}, {length}, {split.upper()}")
         axes.set_xlabel("accuracy, %")

@@ -15,7 +15,6 @@ import importlib
 import itertools
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -37,14 +36,12 @@ class Job(NamedTuple):
     program: list  # the command up to the program's file
     arguments: list  # those of the sweep file
     more: list
+    data: tuple
 
 
-def word(parameter, value):
-    """What a run's name says of a parameter: 'seed0', 'joint', 'no-joint', or of text the text."""
-    if isinstance(value, bool):
-        return parameter if value else f"no-{parameter}"
-    text = re.sub(r"[^\w.+-]+", "-", str(value))
-    return parameter + text if text[:1].isdigit() else text
+def word(name, value):
+    """What a run's name says of a parameter: of seed 0 'seed0', of text the text."""
+    return value.replace("/", "-") if isinstance(value, str) else f"{name}{value}"
 
 
 def expand(path):
@@ -69,7 +66,7 @@ def expand(path):
 
 
 def read_job(name, command, options):
-    """The Job of a command; its options must be good ones, and its data is unpacked here, once."""
+    """The Job of a command, whose options must be good ones."""
     place = next(i for i, part in enumerate(command) if part.endswith(".py"))
     program, arguments = command[: place + 1], command[place + 1 :]
     path = ROOT / program[-1]
@@ -77,11 +74,10 @@ def read_job(name, command, options):
     module = importlib.import_module(path.stem)
     presets = getattr(module, "PRESETS", None)
     config = shared.parse_config(module.Config, presets, arguments + options.more)
-    if config.dataset in shared.DATASETS and not options.dry:
-        shared.load_archives(config.dataset, config.data_dir)
     out_dir = os.path.relpath(options.out_dir, ROOT)
     more = [*options.more, "--out-dir", out_dir, "--run-name", name]
-    return Job(options.out_dir.absolute() / path.stem / name, program, arguments, more)
+    folder = options.out_dir.absolute() / path.stem / name
+    return Job(folder, program, arguments, more, (config.dataset, config.data_dir))
 
 
 def is_done(job):
@@ -98,6 +94,7 @@ def is_done(job):
 def start(job, workers):
     """The process that trains a job or goes on with it, and locks its log so long; None if done."""
     checkpoint, command = job.folder / "checkpoint.pt", job.program + job.arguments + job.more
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{job.folder}.log", "a") as log:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: another sweep is at it
         if is_done(job):
@@ -145,6 +142,8 @@ def run_all(jobs, workers):
 
 
 def main(options):
+    if options.workers < 1:
+        fail(f"--workers {options.workers}: must be at least 1")
     jobs = []
     for path in options.files:
         jobs += [read_job(name, command, options) for name, command in expand(path).items()]
@@ -153,8 +152,9 @@ def main(options):
     if options.dry:
         print(*(shlex.join(job.program + job.arguments + job.more) for job in todo), sep="\n")
         return
-    for job in todo:
-        job.folder.parent.mkdir(parents=True, exist_ok=True)
+    for dataset, data_dir in {job.data for job in todo}:
+        if dataset in shared.DATASETS:  # unpacked here: two first runs would disturb each other
+            shared.load_archives(dataset, data_dir)
     failed = run_all(todo, options.workers)
     if failed:
         fail(f"{failed} of {len(todo)} runs failed", 1)

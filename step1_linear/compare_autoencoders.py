@@ -152,7 +152,7 @@ def figure_error(results, title):
         rows = {method: results[of, method] for of, method in results if of == k}
         means = [statistics.fmean(row["ratio_test"] for row in runs) for runs in rows.values()]
         axes.bar_label(axes.barh(list(rows), means), fmt=" %.3f", fontsize=8)
-        axes.set(xscale="log", xlabel="test MSE / PCA's", title=f"k = {k}", xlim=(0.9, None))
+        axes.set(xlabel="test MSE / PCA's", title=f"k = {k}")
         axes.margins(x=0.2)
     axes.invert_yaxis()  # of all: they share it
     figure.suptitle(title)
@@ -185,13 +185,13 @@ def main(config):
         results[0, "raw pixels"] = [pixels]
     text = table(config.dataset, results)
     shared.write_file(run.dir / "table.md", lambda temporary: temporary.write_text(text))
-    print(text)
     metrics = {}
     for (k, method), rows in results.items():
         setting = f"{config.dataset}, k = {k}" if k else config.dataset
         for key in rows[0]:
             metrics[f"{setting}: {method}/{key}"] = statistics.fmean(row[key] for row in rows)
     run.finish(metrics)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ E: x → w (k) and G: w → x (d) are matrices, x is centred, σ the standard de
     python step1_linear/linear_autoencoder.py                # l2 on MNIST, k = 10; or --k 50
     python step1_linear/linear_autoencoder.py --loss l1
 
-Expect (seed 0, test MSE over PCA's): l2 1.000 at k = 10 and 50; l1 1.076 and 1.270.
+Expect (seed 0, test MSE over PCA's): l2 1.000 at k = 10 and 50; l1 1.08 and 1.27.
 
 It is a reference for compare_autoencoders.py, after LinearVanilaAE of
 github.com/ariel415el/LabProject-ALAE. Deviations from that: Adam's learning rate is 0.002, falling

@@ -108,6 +108,11 @@ def adam(net, lr):
     return torch.optim.Adam([group], betas=(0.0, 0.99), fused=True)
 
 
+def optimizers(nets, config):
+    rates = {"D": config.lr, "G": config.lr_generator, "E": config.lr}
+    return {f"opt_{name}": adam(nets[name], lr) for name, lr in rates.items()}
+
+
 def set_learning_rates(opts, config, step):
     """Linearly from the first rates, at step 1, to a hundredth of them."""
     share = 1 - 0.99 * (step - 1) / config.steps
@@ -254,8 +259,7 @@ def main(config):
     device = shared.setup(config)
     data = load(config, device)
     nets = build(config, data.images.x_train).to(device)
-    opts = {"opt_D": adam(nets["D"], config.lr), "opt_E": adam(nets["E"], config.lr)}
-    opts["opt_G"] = adam(nets["G"], config.lr_generator)
+    opts = optimizers(nets, config)
     x_train = nets["scaling"](data.images.x_train)
     parts = {"nets": nets} | opts
 

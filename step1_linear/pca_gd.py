@@ -271,7 +271,6 @@ def main(config):
         if name == "variance, penalty":
             C = torch.linalg.qr(C)[0]
             results[f"{name}, then one QR"] = measure(C, V, S, mean, x_test) | cost
-    print(table(results))
     for step, row in rows_of(results, traces).items():
         run.epoch = step
         run.log(row)
@@ -286,6 +285,7 @@ def main(config):
         C, x_rec = projection.C.detach(), projection(x_test).detach()
         run.picture("components", figure_components(C, V, S, data))
         run.finish({"eval/recon_mse": shared.recon_mse(x_test, x_rec)})
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""LREQAdam, the official optimizer of ALAE, is PGGAN's equalized learning rate (arXiv 1710.10196
-§4.1), and plain Adam with parameter groups.
+"""LREQAdam, ALAE's official optimizer, is PGGAN's equalized learning rate (arXiv 1710.10196 §4.1).
 
 PGGAN keeps ŵ ~ N(0, 1) and uses w = c ŵ at run time, c = √2/√fan_in; in a layer with an lrmul, c
 has it as a factor and ŵ is divided by it, so that w ~ N(0, 2/fan_in) always. By the chain rule ŵ
@@ -118,10 +117,8 @@ def make_optimizer(way, nets, lr, eps):
     if way == "lreq":
         return LREQAdam(params, lr, eps=eps)
     if way == "groups":
-        by_c = {}
-        for p in params:
-            by_c.setdefault(p.c, []).append(p)
-        params = [{"params": group, "lr": lr * c} for c, group in by_c.items()]
+        constants = dict.fromkeys(p.c for p in params)
+        params = [{"params": [p for p in params if p.c == c], "lr": lr * c} for c in constants]
     return torch.optim.Adam(params, lr, (0.0, 0.99), eps, fused=True)
 
 
@@ -199,7 +196,7 @@ def trajectories(config, x, eps):
     distances = {"runtime": [], "groups": []}
     nets, opts = start(config, x.shape[1], "cpu", ("lreq", *distances), eps, torch.float64)
     generator = torch.Generator().manual_seed(config.seed)
-    for _ in range(2 if config.smoke else config.exact_steps):
+    for _ in range(config.exact_steps):
         i = torch.randint(len(x), (min(32, len(x)),), generator=generator)
         z = torch.randn(3, len(i), config.latent_dim, generator=generator, dtype=torch.float64)
         for way in nets:
@@ -213,8 +210,8 @@ def trajectories(config, x, eps):
 def compare_trajectories(run, x, config):
     """How far the three part, as metrics and as a picture."""
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
-    metrics = {}
-    for axes, eps in zip(figure.subplots(1, 2), ("1e-30", "1e-8"), strict=True):
+    panels, metrics = figure.subplots(1, 2), {}
+    for axes, eps in zip(panels, ("1e-30", "1e-8"), strict=True):
         for way, distances in trajectories(config, x, float(eps)).items():
             metrics[f"{way}/strays_{eps}"] = max(distances)
             axes.plot(range(1, len(distances) + 1), distances, label=WAYS[way])
@@ -271,6 +268,8 @@ def draw(run, data, config):
 
 def main(config):
     device = shared.setup(config)
+    if config.smoke:
+        config.epochs, config.exact_steps = min(config.epochs, 1), min(config.exact_steps, 2)
     data = shared.load_data(config, device)
     nets, opts = start(config, data.x_train.shape[1], device)
     parts = {"nets": nets} | opts

@@ -88,13 +88,15 @@ def select(found, keys):
     return {key: dict(sorted(lengths.items())) for key, lengths in groups.items()}
 
 
-def cell(runs, name, digits=2):
-    """mean ± std over seeds."""
+def cell(runs, name, digits=2, spread=True):
+    """mean ± std over seeds; or the mean alone."""
     values = [run[name] for run in runs.values() if name in run]
     if not values:
         return "–"
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
+    text = f"{statistics.fmean(values):.{digits}f}"
+    if spread and len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return text
 
 
 def markdown(lines):
@@ -148,15 +150,16 @@ def full_table(found):
 
 
 def front_table(found):
-    """front.md: the longest run of each method, on DW."""
+    """front.md: means over the longest runs of each method, on DW."""
     head = ["DW", "epochs", "seeds", "1-NN short, paper", "ours", "SVM short, paper", "ours"]
     lines = [[*head, "test MSE", "identity %", "LeNet-FID"]]
 
     def add(label, epochs, runs, section, paper):
         line = [label, str(epochs), str(len(runs))]
-        line += [paper[2], cell(runs, f"{section}/knn_acc_short")]
-        line += [paper[3], cell(runs, f"{section}/svm_acc_short")]
-        lines.append(line + [cell(runs, f"{section}/{name}", n) for name, n in IMAGES.items()])
+        line += [paper[2], cell(runs, f"{section}/knn_acc_short", spread=False)]
+        line += [paper[3], cell(runs, f"{section}/svm_acc_short", spread=False)]
+        images = [cell(runs, f"{section}/{name}", n, spread=False) for name, n in IMAGES.items()]
+        lines.append(line + images)
 
     for key, lengths in select(found, METHODS).items():
         epochs = [number for number, splits in lengths.items() if "dw" in splits]

@@ -1,5 +1,6 @@
 """Linear ALAE, latent regressors and autoencoder: the arguments of the docstrings, and training."""
 
+import itertools
 import json
 
 import shared
@@ -248,18 +249,27 @@ def test_each_step_has_a_z_of_its_own():
     assert found["L_err_EG"] == alae.L_err_EG(F, G, E, z[2])
 
 
+def test_adam_is_the_papers():
+    config, nets = linear_alae(torch.randn(50, D))
+    opts = [*alae.optimizers(nets, config).values(), regressor.adam(nets["E"], 0.1)]
+    assert len(opts) == 4
+    for opt in opts:
+        assert isinstance(opt, torch.optim.Adam) and opt.defaults["betas"] == (0.0, 0.99)
+
+
 def test_learning_rates_fall_linearly_each_from_its_own():
     config, nets = linear_alae(torch.randn(50, D), steps=100, lr_end=0.1)
     opts = alae.optimizers(nets, config)
     for step, share in ((1, 1.0), (51, 0.55), (100, 0.109)):
         alae.set_learning_rates(opts, config, step)
-        rates = [g["lr"] for opt in opts.values() for g in opt.param_groups]
+        groups = [opts[f"opt_{name}"].param_groups for name in ("ED", "FG", "EG")]
+        rates = [group["lr"] for group in sum(groups, [])]
         assert rates == pytest.approx([share * lr for lr in (0.004, 0.001, 0.004, 0.004)])
     config = regressor.Config(steps=100)
-    nets = regressor.build(config, torch.randn(50, D))
-    opts = {"opt_G": regressor.adam(nets["G"], config.lr_generator)}
+    opts = regressor.optimizers(regressor.build(config, torch.randn(50, D)), config)
     regressor.set_learning_rates(opts, config, 51)
-    assert opts["opt_G"].param_groups[0]["lr"] == pytest.approx(0.0005 * 0.505)
+    for name, lr in (("D", 0.002), ("G", 0.0005), ("E", 0.002)):
+        assert opts[f"opt_{name}"].param_groups[0]["lr"] == pytest.approx(lr * 0.505)
 
 
 # Those of linear_latent_regressor.py
@@ -494,6 +504,33 @@ def test_each_finds_pca(module, steps, arguments, toys, unpictured, monkeypatch,
         assert variances[0] > 0.5 and variances[1] < 2.5, "E whitens the data, up to R1"
 
 
+@pytest.mark.parametrize(
+    "module, lr, end", ((alae, 4, 0.01), (regressor, 2, 0.01), (autoencoder, 2, 0))
+)
+def test_the_loop_lowers_the_rates_at_each_step_and_feeds_scaled_images(
+    module, lr, end, toys, unpictured, monkeypatch, tmp_path
+):
+    rates, images, others = [], [], []
+    train_step = module.train_step
+
+    def spy(nets, opts, x, *more):
+        first = opts["opt_E" if module is regressor else "opt_ED"] if type(opts) is dict else opts
+        rates.append(1000 * first.param_groups[0]["lr"])
+        images.append(x)
+        others.append(more)
+        return train_step(nets, opts, x, *more)
+
+    monkeypatch.setattr(module, "train_step", spy)
+    _, model = fit(monkeypatch, tmp_path, module, "--steps", 10)  # one epoch
+    assert rates == pytest.approx([lr * (1 - (1 - end) * i / 10) for i in range(10)])
+    x = (toys.x_train - toys.x_train.mean(0)) * model["scaling"]["scale"]
+    seen = torch.cat(images)
+    order = seen[:, 0].argsort(), x[:, 0].argsort()
+    torch.testing.assert_close(seen[order[0]], x[order[1]])
+    if module is autoencoder:
+        assert all(sigma == x.std() for sigma, _ in others)
+
+
 def test_the_students_setting_does_not(toys, unpictured, monkeypatch, tmp_path):
     arguments = ("--preset", "student", "--steps", 400, "--lr", 0.02)
     summary, _ = fit(monkeypatch, tmp_path, alae, *arguments)
@@ -607,7 +644,7 @@ def test_the_ablation_is_judged_on_validation_images(monkeypatch):
         presets.append((config.preset, config.seed))
     assert asked == ["val"] * 48
     studied = set(alae.PRESETS) - {"student"}
-    assert set(presets) == {(preset, seed) for preset in studied for seed in (0, 1, 2)}
+    assert set(presets) == set(itertools.product(studied, (0, 1, 2)))
 
 
 def test_comparison_sweeps_train_what_the_comparison_names():
@@ -622,7 +659,7 @@ def test_comparison_sweeps_train_what_the_comparison_names():
             methods.add((method, config.k))
     names = ("PCA, gradient descent", "linear AE (l1)", "linear AE (l2)", "linear ALAE")
     names = (*names, "linear LR", "linear JLR")
-    assert methods == {(name, k) for name in names for k in (10, 50)}
+    assert methods == set(itertools.product(names, (10, 50)))
 
 
 # compare_autoencoders.py

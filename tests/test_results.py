@@ -106,7 +106,7 @@ def test_commands_are_those_of_a_wandb_agent(tmp_path, monkeypatch):
     content = {"program": "a/b.py", "method": "grid", "parameters": parameters, "command": COMMAND}
     (tmp_path / "s.yaml").write_text(json.dumps(content))
     commands = sweep.expand(tmp_path / "s.yaml")
-    assert list(commands) == ["s-joint-lr0.5", "s-no-joint-lr0.5"]
+    assert list(commands) == ["s-jointTrue-lr0.5", "s-jointFalse-lr0.5"]
 
     started = []
     monkeypatch.chdir(tmp_path)
@@ -221,6 +221,20 @@ def test_a_file_that_is_no_grid_is_refused(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             sweep.expand(path)
         assert stop.value.code == 2 and "method: grid" in capsys.readouterr().err
+
+
+def test_the_command_line(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    file = ROOT / "step3_official_alae/sweeps/table1_bigan.yaml"
+    done = here("results/sweep.py", file, "--dry", "--out-dir", tmp_path, "--", "--smoke")
+    first = done.stdout.splitlines()[1]
+    expected = (
+        "/usr/bin/env python step2_gan/bigan_mnist.py --split=dw --seed=0 --epochs=40 --smoke"
+    )
+    assert done.returncode == 0 and first.startswith(f"{expected} --out-dir ")
+    assert first.endswith("--run-name table1_bigan-dw-seed0") and not list(tmp_path.iterdir())
+    refused = here("results/sweep.py", file, "--workers", 0)
+    assert refused.returncode == 2 and "at least 1" in refused.stderr
 
 
 def test_more_options_reach_every_run(fake):
