@@ -207,7 +207,7 @@ def figure_toys():
         mean, S = covariance(x)
         vectors, values = analytic(S)
         V = vectors[:, :2]
-        *_, (_, C, _) = descend(reconstruction_loss, S, 2, 2000, 0.5 / values[0].item())
+        *_, (_, C, _) = descend(reconstruction_loss, S, 2, 200, 0.5 / values[0].item())
         where = {"projection": "3d", "xlabel": "x₁", "ylabel": "x₂", "zlabel": "x₃"}
         axes = figure.add_subplot(1, 2, i + 1, title=name.replace("_", " "), **where)
         axes.scatter(*x.T.numpy(), c=((x - mean) @ V[:, 0]).numpy(), s=4, cmap="viridis", alpha=0.6)

@@ -7,8 +7,8 @@ G minimises its own:
     minimax         D: softplus(−D(x)) + softplus(D(G(z)))    G: −softplus(D(G(z))): D's, negated
     non_saturating  the same D                                G: softplus(−D(G(z)))  (1406.2661 §3)
     r1              D: … + γ/2 ‖∇ₓ D(x)‖²                     the same G  (1801.04406 eq. 9; ALAE's)
-    wgan_gp         D: D(G(z)) − D(x) + λ (‖∇ D(x̂)‖ − 1)²     G: −D(G(z))  (1704.00028; D takes
-                    five steps for each of G's; x̂ = ε x + (1 − ε) G(z), ε ~ U[0, 1])
+    wgan_gp         D: D(G(z)) − D(x) + λ (‖∇ D(x̂)‖ − 1)²     G: −D(G(z))  (1704.00028; with
+                    five steps of D for each of G's; x̂ = ε x + (1 − ε) G(z), ε ~ U[0, 1])
 
     python step2_gan/gan_mnist.py                   # 20 epochs, 7 to 10 minutes on one CPU core
     python step2_gan/gan_mnist.py --preset r1
@@ -49,7 +49,14 @@ PRESETS = {
     "non-saturating": {"norm": "none", "lr": 0.001},  # the loss alone; deviation 2
     "minimax": {"loss": "minimax", "norm": "none", "lr": 0.001},
     "r1": {"loss": "r1", "norm": "none", "lr": 0.001},  # the penalty instead of spectral norm
-    "wgan-gp": {"loss": "wgan_gp", "norm": "none", "lr": 0.0001},  # its paper's rate
+    # its paper's rate, and five steps of D on 128 images each
+    "wgan-gp": {
+        "loss": "wgan_gp",
+        "norm": "none",
+        "lr": 1e-4,
+        "critic_steps": 5,
+        "batch_size": 640,
+    },
     "dcgan": {"net": "dcgan"},
 }
 
@@ -58,7 +65,7 @@ PRESETS = {
 class Config(shared.Protocol):
     preset: str = option("non-saturating-spectral", "a loss and what it needs", tuple(PRESETS))
     epochs: int = option(20, "passes over the training images", low=0)
-    batch_size: int = option(128, "images per step of D (1511.06434)", low=2)
+    batch_size: int = option(128, "images per step of G (1511.06434), shared by D's", low=2)
     loss: str = option(
         "non_saturating", "of D and G", ("minimax", "non_saturating", "r1", "wgan_gp")
     )
@@ -70,9 +77,7 @@ class Config(shared.Protocol):
     beta1: float = option(0.0, "β₁ of Adam (ALAE's, chosen on val; β₂ = 0.999)", low=0)
     gamma: float = option(10.0, "weight γ of R1 (1801.04406)", low=0)
     gp_weight: float = option(10.0, "weight λ of WGAN-GP's penalty (1704.00028)", low=0)
-    critic_steps: int = option(
-        0, "steps of D for one of G; 0: 5 for wgan_gp (1704.00028), 1 for the others", low=0
-    )
+    critic_steps: int = option(1, "steps of D for one of G (WGAN-GP: 5)", low=1)
     latent_dim: int = option(50, "dimension of z", low=1)
     ema: float = option(
         10_000.0, "half-life, in images, of G's averaged weights (train_alae.py)", low=1
@@ -171,18 +176,10 @@ def L_G(fake, loss):
     return softplus(-fake).mean()
 
 
-def images_per_step(config):
-    """D's batches, of which each step of D has its own, for one step of G."""
-    critic_steps = config.critic_steps
-    if critic_steps == 0:
-        critic_steps = 5 if config.loss == "wgan_gp" else 1
-    return config.batch_size * critic_steps
-
-
 def train_step(nets, opt_D, opt_G, x, config):
-    """A step of D on each batch in x (B or 5B, X), then one of G."""
+    """Steps of D, each on its part of x (B, X), then one of G."""
     G, D = nets["G"], nets["D"]
-    for x_real in x.split(config.batch_size):
+    for x_real in x.chunk(config.critic_steps):
         with torch.no_grad():
             x_fake = G(torch.randn(len(x_real), config.latent_dim, device=x.device))
         loss_D, penalty = L_D(D, x_real, x_fake, config)
@@ -190,7 +187,7 @@ def train_step(nets, opt_D, opt_G, x, config):
         (loss_D + penalty).backward()
         opt_D.step()
 
-    z = torch.randn(config.batch_size, config.latent_dim, device=x.device)
+    z = torch.randn(len(x) // config.critic_steps, config.latent_dim, device=x.device)
     loss_G = L_G(D(G(z)), config.loss)
     opt_G.zero_grad()
     loss_G.backward(inputs=list(G.parameters()))
@@ -271,13 +268,12 @@ def main(config):
     evaluated = nets
     if config.eval_weights == "ema":
         evaluated = nn.ModuleDict({"G": averaged, "D": nets["D"]})
-    size = images_per_step(config)
 
-    run = shared.Run(config, device, evaluated, len(data.x_train) // size)  # its own
+    run = shared.Run(config, device, evaluated, len(data.x_train) // config.batch_size)  # its own
     for epoch in run.epochs(parts):
-        for i in shared.batches(data.x_train, size, config.seed, epoch):  # its own
+        for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
             losses = train_step(nets, opt_D, opt_G, data.x_train[i], config)  # its own
-            update_ema(averaged, nets["G"], 0.5 ** (size / config.ema))  # its own
+            update_ema(averaged, nets["G"], 0.5 ** (config.batch_size / config.ema))  # its own
             run.step(losses, len(i))
         run.log_losses()
         if run.is_due():

@@ -170,6 +170,14 @@ def test_which_net_moves_in_which_phase():
     assert notes == PHASES[:2] and losses.keys() == {"L_rec"}
 
 
+def test_each_role_has_its_own_rate():
+    config = aae.Config(lr=1.0, lr_D=2.0, lr_Q=3.0, beta1=0.4)
+    groups = {role: opt.param_groups[0] for role, opt in start(config, 0)[1].items()}
+    rates = {role: group["lr"] for role, group in groups.items()}
+    assert rates == {"P": 1, "Q_rec": 1, "D": 2, "Q_reg": 3}
+    assert all(group["betas"] == (0.4, 0.999) for group in groups.values())
+
+
 @pytest.mark.parametrize("phase", ("reconstruction", "discriminator", "generator"))
 def test_each_phase_descends_its_written_loss(phase):
     """With SGD at rate 1 in this phase and 0 in the others, weights move by the loss's gradient."""
@@ -426,6 +434,7 @@ def test_drawing_leaves_the_nets_alone(labels):
 
 def test_classes_are_one_hot_and_take_turns():
     data = toy_data()
+    data = data._replace(y_test=data.y_test.flip(0))
     y_train, y_test = aae.given_labels(data, aae.Config(labels=True))
     assert y_train.argmax(1).equal(data.y_train) and y_test.argmax(1).equal(data.y_test)
     assert y_train.sum(1).eq(1).all() and y_train.shape == (300, 10)

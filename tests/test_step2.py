@@ -275,7 +275,6 @@ def steps(monkeypatch, tmp_path):
             notes.nets = nets
             notes.lrs.append([optimizer.param_groups[0]["lr"] for optimizer in notes.optimizers])
             assert (x[:, None] == data.x_train).all(2).any(1).all()
-            notes.images = len(x)
             return {"L": torch.zeros(())}
 
         def update_ema(averaged, nets, decay):
@@ -338,13 +337,11 @@ def test_alae_averages_with_its_half_life_and_evaluates_what_is_asked(weights, s
     assert notes.averaged is not notes.nets and notes.lrs == [[0.004] * 3] * 4
 
 
-@pytest.mark.parametrize("preset, images", (("non-saturating-spectral", 26), ("wgan-gp", 130)))
 @pytest.mark.parametrize("weights", ("ema", "raw"))
-def test_the_gan_averages_with_its_half_life_of_images(preset, images, weights, steps):
-    options = ["--preset", preset, "--epochs", 1, "--ema", 52, "--eval-weights", weights]
-    notes = steps(gan, *options, "--batch-size", 26)
-    assert notes.images == images and len(notes.decays) == 260 // images
-    assert set(notes.decays) == {0.5 ** (images / 52)}
+def test_the_gan_averages_with_its_half_life_of_images(weights, steps):
+    options = ["--epochs", 1, "--ema", 128, "--eval-weights", weights]
+    notes = steps(gan, *options, "--batch-size", 64)
+    assert notes.decays == [0.5**0.5] * 4
     for optimizer, name in zip(notes.optimizers, "DG", strict=True):
         assert holds(optimizer, notes.nets[name])
         assert optimizer.param_groups[0]["betas"] == (0.0, 0.999)
@@ -499,10 +496,10 @@ def test_gan_losses(loss):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_what_a_gan_step_moves(loss):
     torch.manual_seed(0)
-    config = gan.Config(loss=loss, batch_size=4, latent_dim=5)
+    critic_steps = 5 if loss == "wgan_gp" else 1
+    images = 4 * critic_steps
+    config = gan.Config(loss=loss, batch_size=images, critic_steps=critic_steps, latent_dim=5)
     nets = gan.build(config, (1, 4, 4))
-    images = gan.images_per_step(config)
-    assert images == (20 if loss == "wgan_gp" else 4)
     opt_D, opt_G = adam(nets["D"]), adam(nets["G"])
     notes = watch(nets, opt_D=opt_D, opt_G=opt_G)
     seen = []
@@ -511,9 +508,10 @@ def test_what_a_gan_step_moves(loss):
     losses = gan.train_step(nets, opt_D, opt_G, x, config)
     hook.remove()
     *steps_of_D, step_of_G = notes
-    assert len(steps_of_D) == images // 4 and step_of_G == ("opt_G", {"G"})
+    assert len(steps_of_D) == critic_steps and step_of_G == ("opt_G", {"G"})
     assert all(note == ("opt_D", {"D"}) for note in steps_of_D)
     assert all(any(batch.equal(part) for batch in seen) for part in x.split(4))
+    assert {len(batch) for batch in seen} == {4}
     gradient = torch.cat([p.grad.flatten() for p in nets["G"].parameters()])
     torch.testing.assert_close(losses["grad_norm_G"], gradient.norm())
     assert ("penalty" in losses) == (loss in ("r1", "wgan_gp"))
@@ -558,6 +556,7 @@ def test_presets_are_losses_with_what_they_need():
     assert (default.loss, default.norm, default.lr) == ("non_saturating", "spectral", 0.002)
     assert (r1.loss, r1.norm, r1.lr) == ("r1", "none", 0.5)
     assert (wgan.loss, wgan.norm, wgan.lr) == ("wgan_gp", "none", 1e-4)
+    assert (wgan.batch_size, wgan.critic_steps) == (640, 5)  # 128 for each
 
 
 # Autoencoders
