@@ -247,8 +247,8 @@ def load_archives(name, data_dir):
 def read_pictures(folder, size, limit):
     """Central squares of a folder's pictures: uint8 (N, size, size, 3), or (…, 1) if all grey."""
     paths = sorted(path for path in folder.rglob("*.*") if path.suffix.lower() in PICTURES)
-    if len(paths) < 6:
-        fail(f"--dataset folder:{folder}: only {len(paths)} pictures there")
+    if len(paths) < 100:
+        fail(f"--dataset folder:{folder}: only {len(paths)} pictures there, not 100")
     pictures = []
     for path in tqdm(paths[:limit], "reading pictures", leave=False, delay=1):
         try:
@@ -339,7 +339,7 @@ class Run:
         self.rows = self.history["rows"]
         config.run_name, self.start = self.dir.name, time.time() - self.history["wall_s"]
         self.facts = self._facts() | {"hardware": hardware(device), "torch": torch.__version__}
-        self.wandb = self._start_wandb() if config.wandb else None
+        self.wandb = self._start_wandb() if config.wandb or "WANDB_SWEEP_ID" in os.environ else None
         self._write_json("config.json", self.facts | {"config": asdict(config)})
         self._summarize("running")
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -400,8 +400,11 @@ class Run:
             torch.cuda.set_rng_state_all(self.saved["random_cuda"])
         elif self.saved:
             parts = self.nets
-        for name, part in parts.items() if self.saved else ():
-            part.load_state_dict(self.saved[name])
+        try:
+            for name, part in parts.items() if self.saved else ():
+                part.load_state_dict(self.saved[name])
+        except RuntimeError as error:  # shapes that differ
+            fail(f"{self.config.resume or self.config.eval} does not fit this data: {error}")
         if self.config.eval:
             return
         every, done = 1 if self.unit == "epoch" else self.config.eval_every, self.epoch
@@ -485,7 +488,8 @@ class Run:
         self.save(self.nets, "model.pt")
         self._end("done")
         for name, value in self.rows[-1].items():
-            print(f"{name:24s} {value:10.4g}")
+            if name.startswith(("eval/", "perf/")):
+                print(f"{name:24s} {value:10.4g}")
         print(f"{self.dir}: {len(list(self.dir.glob('*.png')))} pictures")
 
     def picture(self, name, figure):
@@ -622,7 +626,8 @@ def image_metrics(data, x_rec=None, x_fake=None):
     if x_rec is not None and data.name == "mnist":
         metrics["eval/identity"] = identity(data.images(x_rec), data.y_test)
     if x_fake is not None and data.name == "mnist":
-        metrics["eval/fid"] = fid(data.images(data.x_test), data.images(x_fake))
+        x_fake = data.images(x_fake[: len(data.x_test)])  # as many; fewer in a smoke run alone
+        metrics["eval/fid"] = fid(data.images(data.x_test), x_fake)
     return metrics
 
 
@@ -687,8 +692,9 @@ def pairs(images, reconstructions, title, columns=10):
 
 def curves(rows, unit, title):
     """A figure with a panel for each number in the rows, against the unit."""
-    names = sorted(rows[-1].keys() - {unit})
-    figure = Figure(figsize=(13, 2.8 * -(-len(names) // 4)), layout="constrained")
+    names = [name for name in sorted(ChainMap(*rows)) if sum(name in row for row in rows) > 1]
+    names.remove(unit)
+    figure = Figure(figsize=(13, 2.8 * -(-len(names) // 4)), layout="tight")
     for place, name in enumerate(names, 1):
         axes = figure.add_subplot(-(-len(names) // 4), 4, place, xlabel=unit, title=name)
         known = [row for row in rows if name in row]

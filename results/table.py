@@ -14,6 +14,7 @@ one in results/paper_table, `all runs`, or `EXPERIMENTS | DATASET SPLIT | METRIC
 import argparse
 import json
 import re
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -94,9 +95,7 @@ def collect(run):
     target.parent.mkdir(parents=True, exist_ok=True)
     for name in ("summary.json", "metrics.csv", "table.md"):
         if (run / name).exists():
-            content = (run / name).read_bytes()
-            copy = target.with_suffix(Path(name).suffix)
-            write_file(copy, lambda path, content=content: path.write_bytes(content))
+            shutil.copyfile(run / name, target.with_suffix(Path(name).suffix))
     print(target)
 
 
@@ -118,8 +117,7 @@ def group(found):
     """Lists of runs that differ in the seed alone, the last one of each seed."""
     groups = {}
     for s in found:
-        number = int(length(s).split()[0])
-        key = s["dataset"], s["split"], s["experiment"], number, s["setting"]
+        key = s["dataset"], s["split"], s["experiment"], int(length(s).split()[0]), s["setting"]
         groups.setdefault(key, {})[s["seed"]] = s
     return [list(runs.values()) for _, runs in sorted(groups.items())]
 

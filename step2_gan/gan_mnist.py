@@ -22,8 +22,8 @@ Deviations from the papers:
     RMSprop 1e-4. WGAN-GP has its paper's 1e-4 but β₂ 0.999, not 0.9; that preset has no kept run.
  2. By default D has spectral normalization (1802.05957), which came after these losses; 0.002 was
     chosen with it. The presets without it have 0.001, as sweeps/gan_losses.yaml.
- 3. z ~ N(0, I) with 50 dimensions, as in the other files; G has batch norm, D has none, which both
-    penalties need.
+ 3. z ~ N(0, I) with 50 dimensions, as in the other files. G has batch norm, D has none: either
+    penalty is one image's own.
  4. Samples come from an average of G's weights, as in PGGAN and ALAE (--eval-weights raw).
  5. --net dcgan is DCGAN's idea for 28×28: two strided convolutions each. Layers start as PyTorch
     has it, not at N(0, 0.02²).
@@ -65,7 +65,7 @@ PRESETS = {
 class Config(shared.Protocol):
     preset: str = option("non-saturating-spectral", "a loss and what it needs", tuple(PRESETS))
     epochs: int = option(20, "passes over the training images", low=0)
-    batch_size: int = option(128, "images per step of G (1511.06434), shared by D's", low=2)
+    batch_size: int = option(128, "images per step of G (1511.06434); D's steps share them", low=2)
     loss: str = option(
         "non_saturating", "of D and G", ("minimax", "non_saturating", "r1", "wgan_gp")
     )

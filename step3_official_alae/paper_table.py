@@ -2,7 +2,7 @@
 
 1-NN (L2) and a linear SVM on short features, E(x) (50-d), and long ones, the activations before E's
 last layer (1024-d). SW, same writers: a sixth of the training images is held out; DW, different
-writers: the official test images (§6.1). Nothing is trained here: sweeps are.
+writers: the official test images (§6.1). What is trained is trained by sweeps:
 
     python results/sweep.py step3_official_alae/sweeps/table1_*.yaml --workers 2
     python step3_official_alae/paper_table.py runs        # the tables of the runs below a folder
@@ -14,8 +14,7 @@ Deviations from the paper:
  1. Its five trials' number of epochs is not published (the official configuration has 400 to 600).
  2. The classifiers are shared.py's: exact 1-NN, and liblinear's SVM (C = 0.02) to the optimum.
  3. SW is one partition for all seeds; the paper's trials vary it, as far as one can tell.
- 4. Which branch of the official code made the table is not known: ALAE is here train_fc_alae.py,
-    official and fast, and alae_mnist.py, written from the paper's text.
+ 4. Which branch of the official code made the table is not known: here are three ways to ALAE.
 """
 
 import csv

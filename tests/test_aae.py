@@ -448,7 +448,7 @@ def test_classes_are_one_hot_and_take_turns():
 def test_own_faces(monkeypatch, tmp_path):
     monkeypatch.setattr(aae, "evaluate", lambda *_, **__: {"eval/recon_mse": 0.0})
     (tmp_path / "faces").mkdir()
-    for i in range(66):
+    for i in range(102):
         x = np.random.default_rng(i).integers(255, size=(20, 30, 3), dtype=np.uint8)
         Image.fromarray(x).save(tmp_path / "faces" / f"{i}.png")
     options = ["--preset", "faces", "--dataset", f"folder:{tmp_path / 'faces'}", "--smoke"]

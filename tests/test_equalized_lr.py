@@ -34,6 +34,15 @@ def test_three_ways_are_one_trajectory_but_for_epsilon(narrow):
     assert 0 < max(exact) < 1e-10 and min(usual) > 1e3 * max(exact)
 
 
+def test_the_distance_is_that_of_the_tensor_farthest_away(narrow, monkeypatch):
+    w = {"a": torch.tensor([3.0, 4.0]), "b": torch.ones(4), "bias": torch.zeros(2)}
+    now = {"a": torch.tensor([3.0, 3.0]), "b": 2 * torch.ones(4), "bias": torch.ones(2)}
+    far = lr.relative(now, w)
+    assert far == {"a": pytest.approx(0.2), "b": pytest.approx(1.0)}
+    monkeypatch.setattr(lr, "relative", lambda *_: far)
+    assert lr.trajectories(SMALL, torch.rand(5, 20), 1e-8)["groups"][0] == far["b"]
+
+
 def test_all_ways_start_from_the_same_weights():
     nets, _ = lr.start(SMALL, 20, "cpu")
     w = {way: lr.weights(nets[way]) for way in lr.WAYS}
@@ -185,3 +194,36 @@ def test_a_run_measures_how_far_each_layer_moves_and_goes_on_bit_for_bit(
     assert {key: a[key] for key in same} == {key: b[key] for key in same} and len(same) == 20
     assert a["plain/update_ratio"] > 1.5 * a["lreq/update_ratio"] > 1
     assert math.isfinite(a["train/plain/L_err_EG"])
+
+
+def test_updates_are_those_of_the_epochs_last_iteration_and_z_begins_at_the_seed(
+    tmp_path, monkeypatch, cheap, narrow
+):
+    data = toy_data(300, 20, size=16)
+    monkeypatch.setattr(shared, "load_data", lambda *_: data)
+    weights, noise, measured = [], [], []
+    step, iterate = lr.train_step, lr.iterate
+
+    def watched_step(nets, *more):
+        weights.append(lr.weights(nets["lreq"]))
+        return step(nets, *more)
+
+    def watched_iterate(way, nets, opts, x, z, gamma):
+        noise.append(z)
+        return iterate(way, nets, opts, x, z, gamma)
+
+    monkeypatch.setattr(lr, "train_step", watched_step)
+    monkeypatch.setattr(lr, "iterate", watched_iterate)
+
+    def watched_updates(run, nets, before):
+        measured.append(before)
+        return {}
+
+    monkeypatch.setattr(lr, "compare_updates", watched_updates)
+    given = ["--device", "cpu", "--batch-size", 100, "--exact-steps", 0, "--epochs", 1]
+    train(monkeypatch, lr, *given, "--seed", 5, "--out-dir", tmp_path)
+    assert len(weights) == 3
+    for name, w in measured[0]["lreq"].items():
+        assert w.equal(weights[2][name])
+    torch.manual_seed(5)
+    assert noise[0].equal(torch.randn(3, 100, 50))

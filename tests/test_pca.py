@@ -51,6 +51,17 @@ def test_each_method_spans_what_the_eigenvectors_span():
         assert how.get("exact") is False or orthonormality(C) < 1e-20, name
 
 
+def test_step_sizes_are_the_inverse_of_the_largest_curvature():
+    found = {name: (how["eta"], how.get("rho")) for name, how in methods(2.0, 3.0).items()}
+    assert found == {
+        "reconstruction, penalty": (1 / 40, 3.0),
+        "reconstruction, QR": (1 / 4, None),
+        "variance, penalty": (1 / 40, 3.0),
+        "variance, QR, ηλ₁ = 1000": (500.0, None),
+        "variance, QR, ηλ₁ = 1": (1 / 2, None),
+    }
+
+
 def test_momentum_is_what_makes_the_reconstruction_fast():
     _, S = covariance(data())
     V, values = analytic(S)
@@ -80,6 +91,24 @@ def test_a_large_step_is_subspace_iteration():
     for _ in range(7):
         Q = torch.linalg.qr(S @ Q)[0]
     assert largest_angle(C, Q) < 1e-6
+
+
+def test_the_way_does_not_depend_on_the_signs_that_a_qr_chooses(monkeypatch):
+    _, S = covariance(data())
+    how = {"loss": reconstruction_loss, "S": S, "k": 4, "steps": 20, "eta": 0.1}
+    _, C = last(**how)
+    qr, calls = torch.linalg.qr, []
+
+    def flipped(A):
+        calls.append(A)
+        Q, R = qr(A)
+        signs = torch.ones(len(R)).to(R)
+        if len(calls) > 1:  # not those of the start
+            signs[len(calls) % len(R)] = -1
+        return Q * signs, signs[:, None] * R
+
+    monkeypatch.setattr(torch.linalg, "qr", flipped)
+    torch.testing.assert_close(last(**how)[1], C)
 
 
 def test_no_random_subspace_beats_pca():

@@ -365,6 +365,7 @@ def test_ours_stand_below_the_papers(tmp_path):
     runs += [paper_run(FAST, "sw", 0, 93.0, 9), paper_run(FAST, "val", 0, 1.0)]
     again = ["python e.py --eval model.pt"]
     runs += [paper_run(OFFICIAL, "dw", 1, 50.0, commands=again)]  # counted once, as trained
+    runs += [paper_run(OFFICIAL, "dw", 2, 1.0, status="interrupted", run="stopped")]
     found = paper_table.gather(write(tmp_path, *runs))
     rows = cells(paper_table.table(found, "long"))
     paper = ["**ALAE**, paper", "", "5", "97.61", "98.20", "97.47", "98.64"]

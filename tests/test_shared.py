@@ -157,12 +157,12 @@ def test_labels_stay_with_their_images():
 
 
 def test_own_pictures_are_cropped_and_split_without_loss(tmp_path):
-    for i in range(12):
-        Image.fromarray(np.full((40, 30, 3), 20 * i, np.uint8)).save(tmp_path / f"{i:02}.png")
+    for i in range(120):
+        Image.fromarray(np.full((40, 30, 3), 2 * i, np.uint8)).save(tmp_path / f"{i:03}.png")
     data = shared.load_data(Config(dataset=f"folder:{tmp_path}"), CPU, size=16)
     assert data.shape == (1, 16, 16) and data.y_train is None and data.y_test is None
     values = torch.cat([data.x_train, data.x_test])[:, 0].mul(255).round().int().tolist()
-    assert (len(data.x_test), sorted(values)) == (2, [20 * i for i in range(12)])
+    assert (len(data.x_test), sorted(values)) == (20, [2 * i for i in range(120)])
 
 
 def test_batches_visit_each_image_once_and_again_the_same():

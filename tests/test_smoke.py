@@ -5,6 +5,8 @@ import importlib
 import json
 import math
 
+import shared
+
 import pytest
 import torch
 from conftest import FC_ALAE, ROOT, launch, train
@@ -22,6 +24,7 @@ EXPECTED = {
     "linear_alae": {"eval/recon_mse", "eval/ratio_test", "eval/angle_E", "train/L_adv_ED"},
     "linear_latent_regressor": {"eval/recon_mse", "eval/ratio_test", "train/L_adv_D"},
     "linear_autoencoder": {"eval/recon_mse", "eval/ratio_test"},
+    "compare_autoencoders": {"mnist, k = 10: PCA/mse_test", "mnist: raw pixels/svm_acc_short"},
     "gan_mnist": {"eval/fid", "eval/digit_kl", "eval/digit_min", "train/grad_norm_G"},
     "equalized_lr": {"lreq/recon_mse", "plain/recon_mse"},
     "aae": IMAGES | SHORT | LONG | {"eval/prior_gap", "eval/prior_gap_floor"},
@@ -29,7 +32,19 @@ EXPECTED = {
 }
 
 
+@pytest.fixture
+def small_pictures(monkeypatch):
+    """Drawing at full size takes longer than all else; one run below does it."""
+    savefig = shared.Figure.savefig
+    monkeypatch.setattr(
+        shared.Figure,
+        "savefig",
+        lambda figure, path, **_: savefig(figure, path, format="png", dpi=30),
+    )
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.usefixtures("small_pictures")
 def test_smoke(name, tmp_path, monkeypatch, capsys):
     train(monkeypatch, importlib.import_module(name), "--smoke", "--out-dir", tmp_path)
     (folder,) = (tmp_path / name).iterdir()

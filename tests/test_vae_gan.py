@@ -206,7 +206,10 @@ def test_a_vae_is_gaussian_in_the_pixels():
     assert [*nets] == ["Enc", "Dec"]
     opts = sgd(nets, 1e-4)
     nets["Dec"].register_forward_hook(lambda _, __, out: seen.append(out.detach()))
+    mu, log_var = nets["Enc"](x)
+    prior = vae_gan.L_prior(mu, log_var, "sum") / 4
     first = vae_gan.vae_step(nets, opts, x, config)
+    torch.testing.assert_close(first["L_prior"], prior.detach())
     torch.testing.assert_close(first["L_llike"], (x - seen[0]).square().sum() / 2 / 4)
     for _ in range(20):
         last = vae_gan.vae_step(nets, opts, x, config)
