@@ -98,18 +98,17 @@ def build(config, C):
         max(1, round(config.width * n)) for n in (32, 64, 128, 256, 512, 2048 if R else 1024)
     )
     activation = nn.LeakyReLU(0.2, inplace=True) if R else nn.ReLU(inplace=True)
-    momentum = config.bn_momentum
 
     def linear(a, b):
-        return [nn.Linear(a, b, bias=R), nn.BatchNorm1d(b, momentum=momentum), activation]
+        return [nn.Linear(a, b, bias=R), nn.BatchNorm1d(b, momentum=config.bn_momentum), activation]
 
     def down(a, b):
         layer = nn.Conv2d(a, b, 5, 2, 2, bias=R)
-        return [layer, nn.BatchNorm2d(b, momentum=momentum), activation]
+        return [layer, nn.BatchNorm2d(b, momentum=config.bn_momentum), activation]
 
     def up(a, b):
         layer = nn.ConvTranspose2d(a, b, *((6, 2, 2) if R else (5, 2, 2, 1)), bias=R)
-        return [layer, nn.BatchNorm2d(b, momentum=momentum), activation]
+        return [layer, nn.BatchNorm2d(b, momentum=config.bn_momentum), activation]
 
     Enc = [*down(C, n64), *down(n64, n128), *down(n128, n256), nn.Flatten()]
     Enc += [*linear(n256 * s * s, H), Heads(H, Z)]
@@ -254,10 +253,11 @@ def decode(Dec, z, data):
 def evaluate(nets, data, config, full=False):
     """The short features are μ; fid_floor is what enlarging and reducing do to test images."""
     nets.eval()
-    hidden_train, mu_train = encode(nets["Enc"], data.x_train, data, config)
-    hidden_test, mu_test = encode(nets["Enc"], data.x_test, data, config)
-    x_fake = decode(nets["Dec"], prior(10_000, config, mu_test.device), data)
-    metrics = shared.image_metrics(data, decode(nets["Dec"], mu_test, data), x_fake)
+    Enc, Dec = nets["Enc"], nets["Dec"]
+    hidden_train, mu_train = encode(Enc, data.x_train, data, config)
+    hidden_test, mu_test = encode(Enc, data.x_test, data, config)
+    z = prior(1000 if config.smoke else 10_000, config, mu_test.device)
+    metrics = shared.image_metrics(data, decode(Dec, mu_test, data), decode(Dec, z, data))
     metrics |= shared.code_metrics(data, mu_train, mu_test, "short", full)
     if full:
         metrics |= shared.code_metrics(data, hidden_train, hidden_test, "long")

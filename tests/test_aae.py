@@ -107,7 +107,7 @@ def test_convolutions_are_freiburgs(shape, Z, K, channels, sizes):
                 layer.register_forward_hook(look(name))
     x = torch.rand(2, shape.numel())
     assert nets["P"](torch.cat([nets["Q"](x), x[:, :K]], 1)).shape == x.shape
-    kernels = [3] + [4] * (len(channels) - 1)
+    kernels = [3, *(4 for _ in channels[1:])]
     down = list(zip(kernels, channels, sizes, sizes, strict=True))
     assert seen["Q"] == [*down, (sizes[-1], Z, 1, 1)]
     up = zip([sizes[-1], *kernels[1:]], channels[::-1], sizes[::-1], sizes[::-1], strict=True)
@@ -429,7 +429,8 @@ def test_drawing_leaves_the_nets_alone(labels):
     before, run = state_of(nets), fake_run(nets, config)
     aae.draw(run, data, config)
     assert_same(before, state_of(nets))
-    assert run.names == ["samples", "reconstructions", "codes"] + ["style"] * labels
+    pictures = ["samples", "reconstructions", "codes"]
+    assert run.names == ([*pictures, "style"] if labels else pictures)
 
 
 def test_classes_are_one_hot_and_take_turns():
@@ -583,7 +584,8 @@ def test_what_the_semi_supervised_evaluate_measures(cluster, monkeypatch):
     run = fake_run(nets, config)
     semi.draw(run, data, config)
     assert_same(before, state_of(nets))
-    assert run.names == ["samples", "reconstructions", "style"] + ["clusters"] * bool(cluster)
+    pictures = ["samples", "reconstructions", "style"]
+    assert run.names == ([*pictures, "clusters"] if cluster else pictures)
     Q, P = nets.eval()["Q"], nets["P"]
     with torch.no_grad():
         train_y, test_y = Q(data.x_train)[:, :K].softmax(1), Q(data.x_test)[:, :K].softmax(1)

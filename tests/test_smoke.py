@@ -36,6 +36,12 @@ EXPECTED = {
 def small_pictures(monkeypatch):
     """Drawing at full size takes longer than all else; one run below does it."""
     savefig = shared.Figure.savefig
+
+    def small(figure, path, **_):
+        savefig(figure, path, format="png", dpi=30)
+
+    monkeypatch.setattr(shared.Figure, "savefig", small)
+    savefig = shared.Figure.savefig
     monkeypatch.setattr(
         shared.Figure,
         "savefig",

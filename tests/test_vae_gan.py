@@ -320,7 +320,11 @@ def test_latent_arithmetic_moves_from_class_to_class(monkeypatch):
     y = torch.arange(10).repeat(30)
     x = one_hot(y, 12).float() + 0.01 * torch.rand(300, 12)
     data = shared.Data("mnist", x, y, x[:200], y[:200], torch.Size((1, 3, 4)))
-    monkeypatch.setattr(vae_gan, "encode", lambda Enc, x, *_: (None, x))
+
+    def encode(Enc, x, *_):
+        return None, x
+
+    monkeypatch.setattr(vae_gan, "encode", encode)
     monkeypatch.setattr(vae_gan, "decode", lambda Dec, z, _: z)
     images, names = vae_gan.arithmetic({"Enc": None, "Dec": None}, data, configure())
     rows = images.unflatten(0, (-1, 10))
