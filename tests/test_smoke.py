@@ -41,12 +41,6 @@ def small_pictures(monkeypatch):
         savefig(figure, path, format="png", dpi=30)
 
     monkeypatch.setattr(shared.Figure, "savefig", small)
-    savefig = shared.Figure.savefig
-    monkeypatch.setattr(
-        shared.Figure,
-        "savefig",
-        lambda figure, path, **_: savefig(figure, path, format="png", dpi=30),
-    )
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
