@@ -203,7 +203,7 @@ def test_a_mode_that_rounds_is_not_taken(monkeypatch):
     assert shared.fastest_exact_matmul(CPU) == "highest"
 
 
-@pytest.mark.parametrize("users, expected", [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+@pytest.mark.parametrize("users, expected", [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
 def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(users, expected):
     """OpenMP itself tells which settings it found when torch was loaded."""
     done = launch(FC_ALAE, "--help", OMP_DISPLAY_ENV="VERBOSE", **users)
@@ -212,7 +212,7 @@ def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(users, expect
 
 def test_a_waiting_policy_of_the_user_stays():
     done = launch(FC_ALAE, "--help", OMP_DISPLAY_ENV="VERBOSE", OMP_WAIT_POLICY="ACTIVE")
-    assert "GOMP_SPINCOUNT = '3000'" not in done.stderr and "ACTIVE" in done.stderr
+    assert "GOMP_SPINCOUNT = '2000'" not in done.stderr and "ACTIVE" in done.stderr
 
 
 # Options and a run
