@@ -112,7 +112,7 @@ def parse_config(Config, presets=None, argv=None):
     defaults = (presets or {}).get(given.get("preset", getattr(Config, "preset", "")), {})
     for how, free in MAY_CHANGE.items():
         if given.get(how):
-            defaults = load_checkpoint(given[how], Config)["config"]
+            defaults = asdict(Config()) | load_checkpoint(given[how], Config)["config"]
             if defaults.get("decay"):  # the learning rate falls towards the last epoch
                 free = free - {"epochs"}
             for name in sorted(given.keys() - free):
@@ -130,7 +130,7 @@ def load_checkpoint(path, Config):
         experiment, names = checkpoint["experiment"], checkpoint["config"].keys()
     except Exception as error:  # torch.load raises many kinds for a file that is none of its own
         fail(f"{path}: no checkpoint that can be read ({type(error).__name__})")
-    if experiment != ours or names != {f.name for f in fields(Config)}:
+    if experiment != ours or names - {f.name for f in fields(Config)}:
         fail(f"{path} is a checkpoint of {experiment}, not of this version of {ours}")
     return checkpoint
 
@@ -164,6 +164,22 @@ def fastest_exact_matmul(device):
     torch.set_float32_matmul_precision("medium")
     error = (a.to(device) @ b.to(device)).cpu().double() - exact
     return "medium" if error.norm() < 2e-6 * exact.norm() else "highest"
+
+
+def products(config, device):
+    """A context in which products and convolutions are in bf16, if --precision says so.
+
+    It casts weights once, and must not outlive their update: a context for each optimizer's step.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+class Float32(nn.Sequential):
+    """Layers that stay in fp32."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
 
 
 def hardware(device):

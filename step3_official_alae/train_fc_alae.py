@@ -86,6 +86,7 @@ class Config(shared.Protocol):
     critic: str = option("linear", "D: linear, as official, or with leaky ReLU", ("linear", "mlp"))
     output: str = option("linear", "G's, or bounded by a sigmoid or tanh", ("linear", "bounded"))
     eval_weights: str = option("ema", "evaluate the averaged or the raw weights", ("raw", "ema"))
+    precision: str = option("fp32", "of the products in E and G (ours)", ("fp32", "bf16"))
 
 
 # B batch, Z = W = latent_dim, X = pixels (784), H = 1024
@@ -124,8 +125,9 @@ def build(config, X):
     D = [Linear(Z, Z, lrmul=0.1), Linear(Z, Z, lrmul=0.1), Linear(Z, 1, lrmul=0.1)]
     if config.critic == "mlp":
         D = [D[0], leaky, D[1], leaky, D[2]]
-    nets = {"F": F, "G": G, "E": E, "D": D}
-    return nn.ModuleDict({name: nn.Sequential(*layers) for name, layers in nets.items()})
+    nets = {"F": shared.Float32(*F), "G": nn.Sequential(*G)}
+    nets |= {"E": nn.Sequential(*E), "D": shared.Float32(*D)}
+    return nn.ModuleDict(nets)
 
 
 class LREQAdam(torch.optim.Adam):
@@ -184,21 +186,24 @@ def train_step(nets, opt_ED, opt_FG, x, config):
     z = torch.randn(3, len(x), config.latent_dim, device=x.device)  # fresh for each step
 
     # Step I: the critic D∘E tells data from samples.
-    with torch.no_grad():
-        x_fake = G(F(z[0]))
-    loss_ED, r1 = L_adv_ED(D, E, x, x_fake, config.gamma)
+    with shared.products(config, x.device):
+        with torch.no_grad():
+            x_fake = G(F(z[0]))
+        loss_ED, r1 = L_adv_ED(D, E, x, x_fake, config.gamma)
     opt_ED.zero_grad()
     loss_ED.backward(inputs=[*E.parameters(), *D.parameters()])
     opt_ED.step()
 
     # Step II: the generator G∘F moves against it.
-    loss_FG = L_adv_FG(D, E, G(F(z[1])))
+    with shared.products(config, x.device):
+        loss_FG = L_adv_FG(D, E, G(F(z[1])))
     opt_FG.zero_grad()
     loss_FG.backward(inputs=[*F.parameters(), *G.parameters()])
     opt_FG.step()
 
     # Step III: E inverts G, on latents.
-    loss_err = L_err_EG(E, G, F(z[2]))
+    with shared.products(config, x.device):
+        loss_err = L_err_EG(E, G, F(z[2]))
     opt_ED.zero_grad()
     opt_FG.zero_grad()
     (config.err_weight * loss_err).backward(
