@@ -19,7 +19,6 @@ import time
 import uuid
 from collections import ChainMap
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,19 +27,20 @@ from typing import NamedTuple
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "2000"
 
+from assets import lenet
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
-from torch.nn.functional import cross_entropy, interpolate, one_hot, pad
+from torch.nn.functional import cross_entropy, one_hot, pad
 from torchvision import datasets
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 DATASETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
-TOYS = ("swiss_roll", "sine_sheet")
 OF_THE_MACHINE = {"device", "data_dir", "out_dir", "run_name", "wandb", "resume", "eval"}
 MAY_CHANGE = {
     "resume": {"resume", "epochs", "device", "data_dir", "wandb"},
@@ -210,17 +210,14 @@ class Data(NamedTuple):
         return x.unflatten(1, self.shape)
 
 
-def load_data(config, device, size=64, toys=False):
+def load_data(config, device, size=64):
     """Data of config.dataset and config.split.
 
     dw tests on the official test images, sw on a sixth of the training images, val on another
     sixth, to choose hyperparameters; always the same ones. A folder's dw is its sw.
-    size: of photographs, which are cropped and resized. toys: points in 3-D are welcome, too.
+    size: of photographs, which are cropped and resized.
     """
     name, limit = config.dataset, 2000 if config.smoke else None
-    if toys and name in TOYS:
-        points = load_toy(name).to(device)
-        return Data(name, points[:4000], None, points[4000:], None, None)
     if name.startswith("folder:"):
         x = read_pictures(Path(name.removeprefix("folder:")).expanduser(), size, limit)
         y, x_test, y_test = torch.zeros(len(x)), None, None
@@ -239,6 +236,8 @@ def load_data(config, device, size=64, toys=False):
     if config.smoke:
         x, y = x[:limit], y[:limit]
         x_test, y_test = x_test[: limit // 2], y_test[: limit // 2]
+    if len(x) < getattr(config, "batch_size", 1):
+        fail(f"--batch-size {config.batch_size} is larger than the training data")
     x, x_test = to_images(x, device), to_images(x_test, device)
     data = Data(name, x.flatten(1), y.to(device), x_test.flatten(1), y_test.to(device), x.shape[1:])
     return data._replace(y_train=None, y_test=None) if name.startswith("folder:") else data
@@ -274,16 +273,6 @@ def read_pictures(folder, size, limit):
         pictures.append(np.asarray(image))
     x = torch.from_numpy(np.stack(pictures))
     return x[..., :1] if (x == x[..., :1]).all() else x
-
-
-def load_toy(name):
-    """Points (5000, 3) of step 1: a Swiss roll or a sine-shaped sheet, with noise of 0.1."""
-    rng = np.random.default_rng(0)
-    u, v = rng.uniform(size=(2, 5000))
-    t = np.pi * (1.5 + 3 * u if name == "swiss_roll" else 4 * u - 2)
-    roll, sheet = [t * np.cos(t), 21 * v, t * np.sin(t)], [t, 6 * v, np.sin(t)]
-    points = np.stack(roll if name == "swiss_roll" else sheet, 1)
-    return torch.tensor(points + rng.normal(0, 0.1, (5000, 3))).float()
 
 
 def batches(x, batch_size, seed, epoch):
@@ -335,8 +324,6 @@ class Run:
         self.epoch, self.saved, self.bar = 0, {}, None
         self.history = {"id": uuid.uuid4().hex[:8], "commands": [], "commits": [], "rows": []}
         self.history |= {"images_seen": 0, "wall_s": 0.0}
-        if steps < 1:
-            fail(f"--batch-size {config.batch_size} is larger than the training data")
         if config.resume or config.eval:
             self.saved = load_checkpoint(config.resume or config.eval, type(config))
             self.epoch = self.saved["epoch"]
@@ -640,46 +627,80 @@ def image_metrics(data, x_rec=None, x_fake=None):
     if x_rec is not None:
         metrics["eval/recon_mse"] = recon_mse(data.x_test, x_rec)
     if x_rec is not None and data.name == "mnist":
-        metrics["eval/identity"] = identity(data.images(x_rec), data.y_test)
+        metrics["eval/identity"] = lenet.identity(data.images(x_rec), data.y_test)
     if x_fake is not None and data.name == "mnist":
         x_fake = data.images(x_fake[: len(data.x_test)])  # as many; fewer in a smoke run alone
-        metrics["eval/fid"] = fid(data.images(data.x_test), x_fake)
+        metrics["eval/fid"] = lenet.fid(data.images(data.x_test), x_fake)
     return metrics
 
 
-@cache
-def lenet(device, trained=True):
-    """The classifier behind identity and FID, from assets/train_lenet.py; [:-1]: 84 features."""
-    with torch.random.fork_rng(devices=[]):  # a training's random numbers are left alone
-        first = nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2)
-        second = nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()
-        hidden = nn.Linear(800, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()
-        net = nn.Sequential(*first, *second, *hidden, nn.Linear(84, 10))
-    if trained:
-        net.load_state_dict(torch.load(ROOT / "assets/lenet.pt", weights_only=True))
-    return net.to(device)
+class PCA:
+    """Principal components of the training images: what linear autoencoders are measured by.
 
+    Those are maps E (k, d), G (d, k), mean (d,), with x̂ = mean + G E (x − mean). Float64, on the
+    CPU; moments: mean (d,) and covariance (d, d).
+    """
 
-def judge(net, images):
-    """LeNet, or a part of it, on any images: grey, at 28×28, clipped to [0, 1]."""
-    if images.shape[-1] != 28:
-        images = interpolate(images, (28, 28), mode="bilinear", antialias=True)
-    return chunked(net, images.mean(1, keepdim=True).clamp(0, 1))
+    def __init__(self, data, k):
+        self.data, self.x_train = data, data.x_train
+        self.train, self.test = self.moments(data.x_train), self.moments(data.x_test)
+        values, vectors = torch.linalg.eigh(self.train[1])  # ascending
+        rank = int((values > 1e-9 * values[-1].clamp(min=1e-3)).sum())
+        if k >= rank:
+            fail(f"--k {k}: the data spans {rank} dimensions, choose less")
+        self.V, self.values = vectors.flip(1)[:, :k], values.flip(0)
+        self.maps = self.V.T, self.V, self.train[0]
 
+    @staticmethod
+    def moments(x):
+        mean = x.mean(0)
+        centred = (x - mean).cpu().double()
+        return mean.cpu().double(), centred.T @ centred / len(x)
 
-def identity(images, y):
-    """% of reconstructions (N, C, H, W) to which LeNet gives the true label."""
-    return percent_right(judge(lenet(images.device), images).argmax(1), y)
+    @staticmethod
+    def mse(E, G, mean, moments):
+        """Mean over images and pixels of (x − x̂)², from the images' moments."""
+        offset = moments[0] - mean
+        S = moments[1] + offset.outer(offset)  # about the maps' mean
+        ES = E @ S
+        total = S.trace() - 2 * (ES * G.T).sum() + ((G.T @ G) * (ES @ E.T)).sum()
+        return total.item() / len(S)
 
+    def metrics(self, E, G, mean, full=False):
+        """Errors, over PCA's, and angles to its subspace; full: what the codes are worth."""
+        E, G, mean = (t.detach().cpu().double() for t in (E, G, mean))
+        metrics = {}
+        for name, part in (("train", self.train), ("test", self.test)):
+            metrics[f"eval/mse_{name}"] = self.mse(E, G, mean, part)
+            metrics[f"eval/pca_mse_{name}"] = self.mse(*self.maps, part)
+        metrics["eval/ratio"] = metrics["eval/mse_train"] / metrics["eval/pca_mse_train"]
+        metrics["eval/ratio_test"] = metrics["eval/mse_test"] / metrics["eval/pca_mse_test"]
+        for name, basis in (("E", E.T), ("G", G)):
+            cosines = torch.linalg.svdvals(torch.linalg.qr(basis)[0].T @ self.V)
+            metrics[f"eval/angle_{name}"] = cosines.clamp(max=1).acos().max().item()
+        if full:
+            data = self.data
+            codes = [(x - mean.to(x)) @ E.T.to(x) for x in (data.x_train, data.x_test)]
+            metrics |= image_metrics(data, self.reconstruct(data.x_test, E, G, mean))
+            metrics |= code_metrics(data, *codes, "short")
+        return metrics
 
-def fid(real, fake):
-    """LeNet-FID: ‖μ − μ'‖² + tr(C + C' − 2(CC')^½) of 84 features; comparable with itself alone."""
-    features = lenet(real.device)[:-1]
-    f, g = (judge(features, images).cpu().double().numpy() for images in (real, fake))
-    C, D = np.cov(f.T), np.cov(g.T)
-    eigenvalues = np.linalg.eigvals(C @ D).astype(complex)  # tr (CD)^½ is the sum of their roots
-    trace = np.trace(C) + np.trace(D) - 2 * np.sqrt(eigenvalues).real.sum()
-    return float(np.square(f.mean(0) - g.mean(0)).sum() + trace)
+    @staticmethod
+    def reconstruct(x, E, G, mean):
+        return mean.to(x) + (x - mean.to(x)) @ E.T.to(x) @ G.T.to(x)
+
+    @torch.no_grad()
+    def draw(self, run, E, G, mean, title):
+        """Principal components of x and of x̂, and reconstructions by PCA and by E and G."""
+        images, GE = self.data.images, (G @ E).cpu().double()
+        U = torch.linalg.eigh(GE @ self.train[1] @ GE.T)[1].flip(1)[:, : len(E)]
+        U = torch.where((U * self.V).sum(0) < 0, -U, U)  # eigenvectors have no sign
+        axes = torch.cat([self.V.T[:10], U.T[:10]])
+        axes = 0.5 + axes / (2 * axes.abs().amax(1, keepdim=True))
+        run.picture("components", grid(images(axes), len(axes) // 2, title, ["PCA", "ours"]))
+        x = self.data.x_test[:12]
+        x = torch.cat([x, self.reconstruct(x, *self.maps), self.reconstruct(x, E, G, mean)])
+        run.picture("reconstructions", grid(images(x), 12, title, ["x", "PCA", "ours"]))
 
 
 # Pictures

@@ -37,10 +37,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shared
 from shared import option
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from scipy.linalg import subspace_angles
 from torch import nn
+
+TOYS = ("swiss_roll", "sine_sheet")
 
 
 @dataclass
@@ -66,18 +69,6 @@ def variance_loss(C, S):
 def orthonormality(C):
     """‖CᵀC − I‖²."""
     return (C.T @ C - torch.eye(C.shape[1]).to(C)).square().sum()
-
-
-def covariance(x):
-    """Mean (d,) and covariance (d, d) of x (n, d)."""
-    mean = x.mean(0)
-    return mean, (x - mean).T @ (x - mean) / len(x)
-
-
-def analytic(S):
-    """The eigenvectors (d, d), as columns, and eigenvalues (d,) of S, largest first."""
-    values, vectors = torch.linalg.eigh(S)
-    return vectors.flip(1), values.flip(0)
 
 
 def largest_angle(C, V):
@@ -129,9 +120,10 @@ def methods(l1, rho):
     }
 
 
-def solve(how, S, V, config):
-    """Descends to the span of V (d, k) and the least error; returns C, the way there, the cost."""
-    least, trace, k = reconstruction_loss(V, S).item(), {}, V.shape[1]
+def solve(how, pca, config):
+    """Descends to PCA's subspace and its error; returns C, the way there, the cost."""
+    (_, S), V, trace = pca.train, pca.V, {}
+    least, k = reconstruction_loss(V, S).item(), V.shape[1]
     for step, C, seconds in descend(S=S, k=k, steps=config.steps, seed=config.seed, **how):
         cost = {"steps": step, "seconds": seconds}
         angle, ratio = largest_angle(C, V), reconstruction_loss(C, S).item() / least
@@ -142,16 +134,15 @@ def solve(how, S, V, config):
     return C, trace, cost
 
 
-def measure(C, V, S, mean, x_test):
+def measure(C, pca):
     """MSEs are means over images and pixels, of reconstructions that are not clipped."""
-    x = x_test - mean
-    least, error = reconstruction_loss(V, S).item(), reconstruction_loss(C, S).item()
+    maps = C.T, C, pca.train[0]
     return {
-        "mse_train": error / len(S),
-        "mse_test": (x - x @ C @ C.T).square().mean().item(),
-        "ratio": error / least,
+        "mse_train": pca.mse(*maps, pca.train),
+        "mse_test": pca.mse(*maps, pca.test),
+        "ratio": pca.mse(*maps, pca.train) / pca.mse(*pca.maps, pca.train),
         "orthonormality": orthonormality(C).item(),
-        "angle": largest_angle(C, V),
+        "angle": largest_angle(C, pca.V),
     }
 
 
@@ -197,19 +188,33 @@ def figure_convergence(traces, title):
     return figure
 
 
+def load_toy(name):
+    """5,000 points in 3-D: a Swiss roll or a sheet with the shape of a sine, with noise of 0.1."""
+    rng = np.random.default_rng(0)
+    u, v = rng.uniform(size=(2, 5000))
+    if name == "swiss_roll":
+        t = np.pi * (1.5 + 3 * u)
+        points = [t * np.cos(t), 21 * v, t * np.sin(t)]
+    else:
+        t = np.pi * (4 * u - 2)
+        points = [t, 6 * v, np.sin(t)]
+    x = torch.tensor(np.stack(points, 1) + rng.normal(0, 0.1, (5000, 3))).float()
+    return shared.Data(name, x[:4000], None, x[4000:], None, None)
+
+
 def figure_toys():
     """Both toys in 3-D with the plane of PCA and that of gradient descent."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     side = torch.linspace(-1.7, 1.7, 7, dtype=torch.float64)
     a, b = (t[..., None] for t in torch.meshgrid(side, side, indexing="ij"))
-    for i, name in enumerate(shared.TOYS):
-        x = shared.load_toy(name)[:1500].double()
-        mean, S = covariance(x)
-        vectors, values = analytic(S)
-        V = vectors[:, :2]
+    for i, name in enumerate(TOYS):
+        data = load_toy(name)
+        pca = shared.PCA(data, 2)
+        (mean, S), V, values = pca.train, pca.V, pca.values
         *_, (_, C, _) = descend(reconstruction_loss, S, 2, 200, 0.5 / values[0].item())
         where = {"projection": "3d", "xlabel": "x₁", "ylabel": "x₂", "zlabel": "x₃"}
         axes = figure.add_subplot(1, 2, i + 1, title=name.replace("_", " "), **where)
+        x = data.x_train[:1500].double()
         axes.scatter(*x.T.numpy(), c=((x - mean) @ V[:, 0]).numpy(), s=4, cmap="viridis", alpha=0.6)
         corners = V * values[:2].sqrt()
         plane = mean + a * corners[:, 0] + b * corners[:, 1]  # (7, 7, 3)
@@ -221,70 +226,48 @@ def figure_toys():
     return figure
 
 
-def figure_components(C, V, S, data):
-    """Up to ten eigenvectors V (d, k), above what C (d, k) has in their place."""
-    C = torch.linalg.qr(C)[0]
-    C = C @ torch.linalg.eigh(C.T @ S @ C)[1].flip(1)  # turned to the principal axes in its span
-    C = torch.where((C * V).sum(0) < 0, -C, C)  # eigenvectors have no sign
-    axes = torch.cat([V.T[:10], C.T[:10]])
-    images = data.images(0.5 + axes / (2 * axes.abs().amax(1, keepdim=True)))
-    rows = ["analytic", "gradient\ndescent"]
-    return shared.grid(images, len(axes) // 2, "Leading principal components", rows)
-
-
 class Projection(nn.Module):
-    """x̂ = mean + C Cᵀ(x − mean), C (d, k)."""
+    """C (d, k) of x̂ = mean + C Cᵀ(x − mean), and the mean (d,)."""
 
     def __init__(self, C, mean):
         super().__init__()
         self.C = nn.Parameter(C)
         self.register_buffer("mean", mean)
 
-    def forward(self, x):
-        return self.mean + (x - self.mean) @ self.C @ self.C.T
-
 
 def main(config):
     if config.resume or config.eval:
         shared.fail("--resume, --eval: a run takes a minute, start it again")
-    device = shared.setup(config)
-    if device.type == "mps":  # no float64 there
-        device = torch.device("cpu")
-    data = shared.load_data(config, device, toys=True)
-    x_test = data.x_test.double()
-    mean, S = covariance(data.x_train.double())
-    k = config.k or min(50, len(S) - 1)
-    vectors, values = analytic(S)
-    rank = int((values > 1e-9 * values[0].clamp(min=1e-3)).sum())
-    if k >= rank:
-        shared.fail(f"--k {k}: the data spans {rank} dimensions, choose less")
-    V, l1 = vectors[:, :k], values[0].item()
-    projection = Projection(V.clone(), mean)  # until there is one by gradient descent
-    run = shared.Run(config, device, nn.ModuleDict({"pca": projection}))
+    shared.setup(config)
+    cpu = torch.device("cpu")  # in float64, which not every device has
+    toy = config.dataset in TOYS
+    data = load_toy(config.dataset) if toy else shared.load_data(config, cpu)
+    pca = shared.PCA(data, config.k or min(50, data.x_train.shape[1] - 1))
+    projection = Projection(pca.V.clone(), pca.train[0])  # until there is one by gradient descent
+    run = shared.Run(config, cpu, nn.ModuleDict({"pca": projection}))
 
-    results, traces = {"analytic": measure(V, V, S, mean, x_test)}, {}
+    results, traces = {"analytic": measure(pca.V, pca)}, {}
+    l1 = pca.values[0].item()
     for name, how in methods(l1, config.rho * l1).items():
-        C, traces[name], cost = solve(how, S, V, config)
-        results[name] = measure(C, V, S, mean, x_test) | cost
+        C, traces[name], cost = solve(how, pca, config)
+        results[name] = measure(C, pca) | cost
         if name == "reconstruction, QR":
             projection.C.data.copy_(C)
         if name == "variance, penalty":
             C = torch.linalg.qr(C)[0]
-            results[f"{name}, then one QR"] = measure(C, V, S, mean, x_test) | cost
+            results[f"{name}, then one QR"] = measure(C, pca) | cost
     for step, row in rows_of(results, traces).items():
         run.epoch = step
         run.log(row)
 
-    title = f"PCA by gradient descent, {config.dataset}, k = {k}"
+    title = f"PCA by gradient descent, {config.dataset}, k = {pca.V.shape[1]}"
     run.picture("convergence", figure_convergence(traces, title))
     run.picture("toys", figure_toys())
     run.history["images_seen"] = len(data.x_train)
-    if data.shape is None:
-        run.finish({})
-    else:
-        C, x_rec = projection.C.detach(), projection(x_test).detach()
-        run.picture("components", figure_components(C, V, S, data))
-        run.finish({"eval/recon_mse": shared.recon_mse(x_test, x_rec)})
+    maps = projection.C.T, projection.C, projection.mean
+    if not toy:
+        pca.draw(run, *maps, title)
+    run.finish(pca.metrics(*maps, full=not toy))
     print(table(results))
 
 

@@ -5,11 +5,9 @@ import json
 
 import shared
 
-import compare_autoencoders
 import linear_alae as alae
 import linear_autoencoder as autoencoder
 import linear_latent_regressor as regressor
-import pca_gd
 import pytest
 import sweep
 import torch
@@ -372,7 +370,7 @@ def toys(monkeypatch):
     """Instead of datasets: points whose test part has other leading directions than training's."""
     x, x_test = points(1000, 1), points(500, 2)
     x_test = x_test.roll(1, 1) * torch.tensor([1, 1, 1, 1, 1, 2.0])
-    data = shared.Data("toy", x, None, x_test, None, None)
+    data = shared.Data("toy", x, None, x_test, None, torch.Size([1, 2, 3]))
     monkeypatch.setattr(shared, "load_data", lambda *_, **__: data)
     return data
 
@@ -383,60 +381,88 @@ def direct(x, basis, mean):
     return (x - mean - (x - mean) @ basis @ basis.T).square().mean().item()
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_pca_is_that_of_the_training_images_and_both_errors_are_right(module, toys):
-    data = module.load(module.Config(k=2, batch_size=100), "cpu")
+def test_pca_is_that_of_the_training_images_and_both_errors_are_right(toys):
     mean = toys.x_train.double().mean(0)
     values, vectors = torch.linalg.eigh(torch.cov(toys.x_train.double().T, correction=0))
     V = vectors.flip(1)[:, :2]
-    cosines = torch.linalg.svdvals(data.pca[1].T @ V)
-    torch.testing.assert_close(cosines, torch.ones(2).double())
-    config = module.Config(k=2)
-    nets = module.build(config, toys.x_train)
+    pca = shared.PCA(toys, 2)
+    torch.testing.assert_close(torch.linalg.svdvals(pca.V.T @ V), torch.ones(2).double())
+    torch.testing.assert_close(pca.values, values.flip(0), rtol=1e-5, atol=0)
     tilt = torch.tensor(0.3).double()
     W = V.clone()
     W[:, 1] = tilt.cos() * V[:, 1] + tilt.sin() * vectors[:, 0]
-    put(nets, 5 * W.T, W / 5)
-    metrics = module.evaluate(nets, data, config)
+    metrics = pca.metrics(5 * W.T, W / 5, mean)
     assert metrics["eval/mse_train"] == pytest.approx(direct(toys.x_train, W, mean), rel=1e-5)
     assert metrics["eval/mse_test"] == pytest.approx(direct(toys.x_test, W, mean), rel=1e-5)
-    best = direct(toys.x_train, V, mean)
+    best, best_test = direct(toys.x_train, V, mean), direct(toys.x_test, V, mean)
     assert metrics["eval/pca_mse_train"] == pytest.approx(best, rel=1e-5)
-    best_test = direct(toys.x_test, V, mean)
     assert metrics["eval/pca_mse_test"] == pytest.approx(best_test, rel=1e-5)
     assert metrics["eval/ratio"] == pytest.approx(metrics["eval/mse_train"] / best, rel=1e-5)
     assert metrics["eval/ratio_test"] == pytest.approx(metrics["eval/mse_test"] / best_test, 1e-5)
     for name in "EG":
         assert metrics[f"eval/angle_{name}"] == pytest.approx(0.3, rel=1e-4)
-        assert metrics[f"eval/angle_mean_{name}"] == pytest.approx(0.15, rel=1e-3)
-    left = metrics["eval/mse_train"] * 6 / values.sum().item()
-    assert metrics["eval/explained"] == pytest.approx(100 * (1 - left), rel=1e-4)
+
+
+def test_codes_of_training_images_are_what_classifiers_learn_from(toys, monkeypatch):
+    labels = [torch.arange(len(x)) % 3 for x in (toys.x_train, toys.x_test)]
+    data = toys._replace(y_train=labels[0], y_test=labels[1])
+    V, mean = shared.PCA(data, 2).V, data.x_train.mean(0)
+    asked = []
+    monkeypatch.setattr(shared, "code_metrics", lambda *args: asked.append(args) or {})
+    metrics = shared.PCA(data, 2).metrics(2 * V.T, V, mean, full=True)
+    ((given, train_codes, test_codes, kind),) = asked
+    assert given is data and kind == "short"
+    torch.testing.assert_close(train_codes, (data.x_train - mean) @ (2 * V).float())
+    torch.testing.assert_close(test_codes, (data.x_test - mean) @ (2 * V).float())
+    x_rec = (mean + 2 * (data.x_test - mean) @ (V @ V.T).float()).clamp(0, 1)
+    error = (data.x_test - x_rec).square().mean().item()
+    assert metrics["eval/recon_mse"] == pytest.approx(error, rel=1e-5)
 
 
 @pytest.mark.parametrize("module", FILES)
 def test_a_model_brings_its_own_mean_and_scale(module, toys):
-    config = module.Config(k=2)
-    nets = module.build(config, toys.x_train)
-    nets["scaling"].mean += 0.5  # as of a model that is evaluated on other data
-    E, G, mean = module.maps(nets)
-    x, scaled = toys.x_test, nets["scaling"](toys.x_test)
-    x_rec = nets["G"](nets["E"](scaled)) / nets["scaling"].scale + nets["scaling"].mean
-    torch.testing.assert_close(module.reconstruct(x, E, G, mean), x_rec)
+    nets = module.build(module.Config(k=2), toys.x_train)
+    own = nets if module is autoencoder else nets["scaling"]
+    own.mean += 0.5  # as of a model that is evaluated on other data
+    scale = 1 if module is autoencoder else own.scale
+    x = toys.x_test
+    x_rec = (nets["G"](nets["E"]((x - own.mean) * scale)) / scale + own.mean).detach()
+    pca = shared.PCA(toys, 2)
+    torch.testing.assert_close(pca.reconstruct(x, *module.maps(nets)).detach(), x_rec)
     error = (x - x_rec).square().mean().item()
-    assert module.mse(E, G, mean, module.moments(x)) == pytest.approx(error, rel=1e-5)
+    metrics = module.evaluate(nets, pca, module.Config(k=2))
+    assert metrics["eval/mse_test"] == pytest.approx(error, rel=1e-5)
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_no_random_maps_beat_pca(module, float64):
+def test_no_random_maps_beat_pca(float64):
     x = centred()
     S, (_, V) = x.T @ x / len(x), eigen(x)
-    part = module.moments(x)
-    best = module.mse(V[:, :K].T, V[:, :K], part[0], part)
+    mse, part = shared.PCA.mse, shared.PCA.moments(x)
+    best = mse(V[:, :K].T, V[:, :K], part[0], part)
     for _ in range(20):
         E = torch.randn(K, D)
         G = S @ E.T @ torch.linalg.inv(E @ S @ E.T)  # the best G for this E
-        error = module.mse(E, G, part[0], part)
-        assert best < error < module.mse(E, G + 0.1 * torch.randn(D, K), part[0], part)
+        error = mse(E, G, part[0], part)
+        assert best < error < mse(E, G + 0.1 * torch.randn(D, K), part[0], part)
+
+
+def test_pictures_show_the_components_of_what_the_maps_reconstruct(toys, monkeypatch):
+    """Of maps to PCA's second and third direction: these two, whatever the basis of the code."""
+    pca, drawn = shared.PCA(toys, 2), {}
+    vectors = shared.PCA(toys, 3).V
+    turn = torch.linalg.qr(torch.randn(2, 2).double())[0]
+    E, G = turn @ vectors[:, 1:].T, vectors[:, 1:] @ turn.T
+    monkeypatch.setattr(shared, "grid", lambda images, *_: images.flatten(1))
+    run = type("Run", (), {"picture": lambda self, name, images: drawn.update({name: images})})()
+    pca.draw(run, E, G, pca.train[0], "title")
+    axes = drawn["components"] - 0.5
+    expected = torch.cat([pca.V, vectors[:, 1:]], 1)
+    cosines = torch.nn.functional.cosine_similarity(axes, expected.T)
+    torch.testing.assert_close(cosines.abs(), torch.ones(4).double())
+    x = toys.x_test[:12]
+    torch.testing.assert_close(drawn["reconstructions"][:12], x)
+    torch.testing.assert_close(drawn["reconstructions"][12:24], pca.reconstruct(x, *pca.maps))
+    assert not drawn["reconstructions"][24:].allclose(drawn["reconstructions"][12:24])
 
 
 def test_the_energy_of_x_is_that_of_z(toys):
@@ -446,23 +472,14 @@ def test_the_energy_of_x_is_that_of_z(toys):
         assert x.square().sum(1).mean().item() == pytest.approx(2, rel=1e-5)
     nets = alae.build(alae.Config(k=2, scale=3.0), toys.x_train)
     assert nets["scaling"].scale == 3 and nets["G"].weight.abs().max() == 0
-    assert autoencoder.build(autoencoder.Config(k=2), toys.x_train)["scaling"].scale == 1
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_bad_input_is_refused(module, toys, monkeypatch, capsys):
-    for options, said in (
-        ({"k": 6}, "--k 6: the data spans 6 dimensions"),
-        ({"batch_size": 1001}, "--batch-size 1001 is larger"),
-    ):
+def test_more_dimensions_than_the_data_has_are_refused(toys, capsys):
+    for data, k, rank in ((toys, 6, 6), (toys._replace(x_train=torch.full((9, 6), 0.3)), 1, 0)):
         with pytest.raises(SystemExit) as stop:
-            module.load(module.Config(**{"k": 2} | options), "cpu")
-        assert stop.value.code == 2 and said in capsys.readouterr().err
-    same = toys._replace(x_train=torch.full((1000, 6), 0.3))
-    monkeypatch.setattr(shared, "load_data", lambda *_, **__: same)
-    with pytest.raises(SystemExit):
-        module.load(module.Config(k=1), "cpu")
-    assert "spans 0 dimensions" in capsys.readouterr().err
+            shared.PCA(data, k)
+        assert stop.value.code == 2
+        assert f"--k {k}: the data spans {rank} dimensions" in capsys.readouterr().err
 
 
 # Training
@@ -523,7 +540,9 @@ def test_the_loop_lowers_the_rates_at_each_step_and_feeds_scaled_images(
     monkeypatch.setattr(module, "train_step", spy)
     _, model = fit(monkeypatch, tmp_path, module, "--steps", 10)  # one epoch
     assert rates == pytest.approx([lr * (1 - (1 - end) * i / 10) for i in range(10)])
-    x = (toys.x_train - toys.x_train.mean(0)) * model["scaling"]["scale"]
+    x = toys.x_train - toys.x_train.mean(0)
+    if module is not autoencoder:
+        x = x * model["scaling"]["scale"]
     seen = torch.cat(images)
     order = seen[:, 0].argsort(), x[:, 0].argsort()
     torch.testing.assert_close(seen[order[0]], x[order[1]])
@@ -575,11 +594,11 @@ def test_a_resumed_run_is_the_same_to_the_bit(
     torch.manual_seed(99)
     train(monkeypatch, module, "--resume", checkpoint)
     model = torch.load(checkpoint.with_name("model.pt"), weights_only=True)
-    for name in ("E", "G", "scaling"):
+    for name in ("E", "G"):
         assert_same(model[name], whole[1][name])
     summary = json.loads(checkpoint.with_name("summary.json").read_text())
     names = [name for name in summary if name.startswith(("eval/", "train/"))]
-    assert len(names) > 10 and all(summary[name] == whole[0][name] for name in names)
+    assert len(names) > 8 and all(summary[name] == whole[0][name] for name in names)
 
 
 @pytest.mark.parametrize("module", FILES)
@@ -593,7 +612,7 @@ def test_a_trained_model_or_checkpoint_is_evaluated_again(
         (path,) = out.glob("*/again/summary.json")
         again = json.loads(path.read_text())
         names = [name for name in summary if name.startswith("eval/")]
-        assert len(names) > 8 and all(again[name] == summary[name] for name in names)
+        assert len(names) > 7 and all(again[name] == summary[name] for name in names)
 
 
 def test_no_steps_evaluates_the_untrained_maps(toys, unpictured, monkeypatch, tmp_path):
@@ -640,85 +659,26 @@ def test_the_ablation_is_judged_on_validation_images(monkeypatch):
         config = shared.parse_config(alae.Config, alae.PRESETS, command[start + 1 :])
         assert (config.k, config.steps, config.lr) == (10, 3000, 0.004)
         with pytest.raises(AttributeError):  # there are no images here
-            alae.load(config, "cpu")
+            alae.main(config)
         presets.append((config.preset, config.seed))
     assert asked == ["val"] * 48
     studied = set(alae.PRESETS) - {"student"}
     assert set(presets) == set(itertools.product(studied, (0, 1, 2)))
 
 
-def test_comparison_sweeps_train_what_the_comparison_names():
-    methods = set()
+def test_comparison_sweeps_train_each_linear_autoencoder():
+    found = set()
     for path in (ROOT / "step1_linear/sweeps").glob("compare_*.yaml"):
         for command in sweep.expand(path).values():
             (place,) = (i for i, part in enumerate(command) if part.endswith(".py"))
             module = __import__(command[place][len("step1_linear/") : -3])
             presets = getattr(module, "PRESETS", None)
             config = shared.parse_config(module.Config, presets, command[place + 1 :])
-            method = compare_autoencoders.method_of(module.__name__, vars(config))
-            methods.add((method, config.k))
-    names = ("PCA, gradient descent", "linear AE (l1)", "linear AE (l2)", "linear ALAE")
-    names = (*names, "linear LR", "linear JLR")
-    assert methods == set(itertools.product(names, (10, 50)))
-
-
-# compare_autoencoders.py
-
-
-def test_the_comparison_measures_finished_runs_beside_pca(toys, monkeypatch, tmp_path):
-    options = ("--out-dir", tmp_path, "--k", 2, "--steps", 40)
-    monkeypatch.setattr(shared, "curves", lambda *_: None)
-    picture = shared.Run.picture
-    monkeypatch.setattr(shared.Run, "picture", lambda *_: None)
-    train(monkeypatch, pca_gd, *options)
-    for seed in (0, 1):
-        train(monkeypatch, autoencoder, *options, "--batch-size", 100, "--seed", seed)
-    train(monkeypatch, alae, *options, "--batch-size", 100)
-    train(monkeypatch, alae, *options, "--batch-size", 100, "--split", "val")  # of other data
-    labels = [torch.arange(len(x)) % 3 for x in (toys.x_train, toys.x_test)]
-    data = toys._replace(y_train=labels[0], y_test=labels[1])
-    monkeypatch.setattr(shared, "load_data", lambda *_, **__: data)
-    monkeypatch.setattr(shared.Run, "picture", picture)
-    train(monkeypatch, compare_autoencoders, "--out-dir", tmp_path, "--run-name", "c")
-
-    folder = tmp_path / "compare_autoencoders/c"
-    summary = json.loads((folder / "summary.json").read_text())
-    lines = [line.strip("| \n").split(" | ") for line in (folder / "table.md").open()]
-    assert [line[2:4] for line in lines[2:]] == [
-        ["PCA", "1"],
-        ["PCA, gradient descent", "1"],
-        ["linear AE (l2)", "2"],
-        ["linear ALAE", "1"],
-        ["random projection", "1"],
-        ["raw pixels", "1"],
-    ]
-    assert summary["mnist, k = 2: PCA/ratio_test"] == 1
-    assert summary["mnist, k = 2: PCA/orthonormality"] < 1e-6
-    assert {path.stem for path in folder.glob("*.png")} == {"codes_mnist_k2", "error_mnist"}
-    for name, label in (("linear_alae", "linear ALAE"), ("linear_autoencoder", "linear AE (l2)")):
-        runs = [json.loads(p.read_text()) for p in tmp_path.glob(f"{name}/*/summary.json")]
-        for key in ("mse_train", "mse_test"):
-            own = [run[f"eval/{key}"] for run in runs if run["split"] == "dw"]
-            found = summary[f"mnist, k = 2: {label}/{key}"]
-            assert found == pytest.approx(sum(own) / len(own), rel=1e-4)
-    assert " ± " in lines[4][5] and " ± " not in lines[5][5]
-    accuracy = summary["mnist, k = 2: PCA/knn_acc_short"]
-    mean = data.x_train.mean(0)
-    V = torch.linalg.eigh(torch.cov(data.x_train.double().T))[1].flip(1)[:, :2].float()
-    codes = (data.x_train - mean) @ V, (data.x_test - mean) @ V
-    expected = shared.knn_accuracy(codes[0], data.y_train, codes[1], data.y_test)
-    assert accuracy == pytest.approx(expected)
-    assert "mnist: raw pixels/svm_acc_short" in summary
-
-
-def test_the_comparison_fits_pca_on_training_images(toys):
-    (E, G, mean), (Q, _, _) = compare_autoencoders.references(toys, 2, 0)
-    torch.testing.assert_close(mean, toys.x_train.mean(0))
-    V = torch.linalg.eigh(torch.cov(toys.x_train.double().T))[1].flip(1)[:, :2]
-    torch.testing.assert_close(torch.linalg.svdvals(E @ V), torch.ones(2).double())
-    torch.testing.assert_close(Q @ Q.T, torch.eye(2))
-    row = compare_autoencoders.measure(toys, *(2 * t.float() for t in (E, G)), mean)
-    x = toys.x_test - mean
-    error = (x - 4 * x @ G.float() @ E.float()).square().mean().item()
-    assert row["mse_test"] == pytest.approx(error, rel=1e-5)
-    assert row["orthonormality"] == pytest.approx(2 * 3**2, rel=1e-5)
+            variant = getattr(config, "loss", getattr(config, "joint", None))
+            found.add((module.__name__, variant, config.dataset, config.k))
+    variants = [("pca_gd", None), ("linear_alae", None)]
+    variants += [("linear_autoencoder", loss) for loss in ("l1", "l2")]
+    variants += [("linear_latent_regressor", joint) for joint in (False, True)]
+    for experiment, variant in variants:
+        for dataset, k in itertools.product(("mnist", "fashion_mnist"), (10, 50)):
+            assert (experiment, variant, dataset, k) in found

@@ -9,8 +9,6 @@ import pytest
 import torch
 from conftest import train
 from pca_gd import (
-    analytic,
-    covariance,
     descend,
     largest_angle,
     methods,
@@ -26,6 +24,14 @@ def data(d=20, n=500):
     return x * torch.linspace(2, 0.5, d) + 3
 
 
+def covariance(x):
+    """Mean and covariance, and the eigenvectors and eigenvalues of that, largest first."""
+    mean = x.mean(0)
+    S = (x - mean).T @ (x - mean) / len(x)
+    values, vectors = torch.linalg.eigh(S)
+    return mean, S, vectors.flip(1), values.flip(0)
+
+
 def last(*args, **how):
     *_, (step, C, _) = descend(*args, **how)
     return step, C
@@ -33,7 +39,7 @@ def last(*args, **how):
 
 def test_the_losses_on_the_covariance_are_those_on_the_data():
     x = data()
-    mean, S = covariance(x)
+    mean, S, _, _ = covariance(x)
     C = torch.randn(20, 4, dtype=torch.float64)  # not orthonormal
     direct = (x - mean - (x - mean) @ C @ C.T).square().sum(1).mean()
     torch.testing.assert_close(reconstruction_loss(C, S), direct)
@@ -41,8 +47,7 @@ def test_the_losses_on_the_covariance_are_those_on_the_data():
 
 
 def test_each_method_spans_what_the_eigenvectors_span():
-    _, S = covariance(data())
-    V, values = analytic(S)
+    _, S, V, values = covariance(data())
     V, l1 = V[:, :4], values[0].item()
     assert torch.allclose(S @ V, V * values[:4])
     for name, how in methods(l1, l1).items():
@@ -63,8 +68,7 @@ def test_step_sizes_are_the_inverse_of_the_largest_curvature():
 
 
 def test_momentum_is_what_makes_the_reconstruction_fast():
-    _, S = covariance(data())
-    V, values = analytic(S)
+    _, S, V, values = covariance(data())
     how = {"loss": reconstruction_loss, "S": S, "k": 4, "steps": 200}
     angles = []
     for momentum in (True, False):
@@ -74,8 +78,7 @@ def test_momentum_is_what_makes_the_reconstruction_fast():
 
 
 def test_the_optimum_of_the_soft_variance_problem_is_too_long():
-    _, S = covariance(data())
-    V, values = analytic(S)
+    _, S, V, values = covariance(data())
     rho = 2 * values[0].item()
     _, C = last(S=S, k=4, steps=400, **methods(values[0].item(), rho)["variance, penalty"])
     found = torch.linalg.eigvalsh(C.T @ C).flip(0)
@@ -84,7 +87,7 @@ def test_the_optimum_of_the_soft_variance_problem_is_too_long():
 
 
 def test_a_large_step_is_subspace_iteration():
-    _, S = covariance(data())
+    _, S, _, _ = covariance(data())
     _, C = last(variance_loss, S, 4, 7, eta=1e9, momentum=False)
     generator = torch.Generator().manual_seed(0)
     Q = torch.linalg.qr(torch.randn(20, 4, dtype=S.dtype, generator=generator))[0]
@@ -94,7 +97,7 @@ def test_a_large_step_is_subspace_iteration():
 
 
 def test_the_way_does_not_depend_on_the_signs_that_a_qr_chooses(monkeypatch):
-    _, S = covariance(data())
+    _, S, _, _ = covariance(data())
     how = {"loss": reconstruction_loss, "S": S, "k": 4, "steps": 20, "eta": 0.1}
     _, C = last(**how)
     qr, calls = torch.linalg.qr, []
@@ -112,9 +115,9 @@ def test_the_way_does_not_depend_on_the_signs_that_a_qr_chooses(monkeypatch):
 
 
 def test_no_random_subspace_beats_pca():
-    x = shared.load_toy("swiss_roll").double()
-    _, S = covariance(x)
-    best = reconstruction_loss(analytic(S)[0][:, :2], S)
+    x = pca_gd.load_toy("swiss_roll").x_train.double()
+    _, S, V, _ = covariance(x)
+    best = reconstruction_loss(V[:, :2], S)
     for _ in range(50):
         assert reconstruction_loss(torch.linalg.qr(torch.randn(3, 2, dtype=S.dtype))[0], S) > best
 
@@ -123,7 +126,7 @@ def test_no_random_subspace_beats_pca():
 def points(monkeypatch):
     """Test points whose principal axes are not those of the training points."""
     x = data(6, 400)
-    points = shared.Data("points", x, None, x[:100].flip(1), None, None)
+    points = shared.Data("points", x, None, x[:100].flip(1), None, torch.Size([1, 2, 3]))
     monkeypatch.setattr(shared, "load_data", lambda *_, **__: points)
     return points
 
@@ -133,7 +136,7 @@ def test_a_run_fits_the_training_points_and_measures_both(points, monkeypatch, t
     monkeypatch.setattr(shared.Run, "picture", lambda run, name, _: drawn.append(name))
     train(monkeypatch, pca_gd, "--k", 2, "--out-dir", tmp_path, "--run-name", "p")
     assert "variance, penalty, then one QR" in capsys.readouterr().out
-    assert drawn == ["convergence", "toys", "curves"]
+    assert drawn == ["convergence", "toys", "components", "reconstructions", "curves"]
     folder = tmp_path / "pca_gd/p"
     summary = json.loads((folder / "summary.json").read_text())
     x, mean = points.x_train, points.x_train.mean(0)
@@ -151,6 +154,10 @@ def test_a_run_fits_the_training_points_and_measures_both(points, monkeypatch, t
     torch.testing.assert_close(model["mean"], mean)
     assert largest_angle(model["C"], V) < 1e-3 and orthonormality(model["C"]) < 1e-10
     assert largest_angle(model["C"], V) > 1e-12, "by gradient descent, not the analytic one"
+
+    train(monkeypatch, pca_gd, "--dataset", "swiss_roll", "--out-dir", tmp_path, "--run-name", "s")
+    toy = json.loads((tmp_path / "pca_gd/s/summary.json").read_text())
+    assert toy["analytic/angle"] < 1e-6 and "eval/recon_mse" not in toy
 
     with pytest.raises(SystemExit):
         train(monkeypatch, pca_gd, "--eval", folder / "model.pt")

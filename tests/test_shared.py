@@ -115,20 +115,20 @@ def test_recon_mse_clips():
 
 
 def test_the_committed_lenet_is_right_on_99_percent(mnist):
-    assert shared.identity(mnist.images(mnist.x_test), mnist.y_test) >= 99
+    assert shared.lenet.identity(mnist.images(mnist.x_test), mnist.y_test) >= 99
     assert (ROOT / "assets" / "lenet.pt").stat().st_size < 1e6
 
 
 def test_fid_is_the_frechet_distance_of_gaussians(mnist):
     a, b = mnist.images(mnist.x_test[:2000]), mnist.images(mnist.x_test[2000:4000] * 0.7)
-    net = shared.lenet(CPU)[:-1]
+    net = shared.lenet.lenet(CPU)[:-1]
     f, g = (net(x).detach().double().numpy() for x in (a, b))
     C, D = np.cov(f.T), np.cov(g.T)
     values, vectors = np.linalg.eigh(C)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ D @ root).clip(0)).sum()  # the symmetric way
     expected = np.square(f.mean(0) - g.mean(0)).sum() + np.trace(C + D) - 2 * cross
-    assert shared.fid(a, b) == pytest.approx(expected, rel=1e-3) and expected > 1
+    assert shared.lenet.fid(a, b) == pytest.approx(expected, rel=1e-3) and expected > 1
 
 
 # Data
@@ -152,14 +152,14 @@ def test_splits_are_disjoint_and_val_is_cut_from_what_sw_trains_on(mnist):
 def test_labels_stay_with_their_images():
     for split in ("sw", "val"):
         data = shared.load_data(Config(split=split), CPU)
-        assert shared.identity(data.images(data.x_test), data.y_test) > 99
-        assert shared.identity(data.images(data.x_train[:5000]), data.y_train[:5000]) > 99
+        assert shared.lenet.identity(data.images(data.x_test), data.y_test) > 99
+        assert shared.lenet.identity(data.images(data.x_train[:5000]), data.y_train[:5000]) > 99
 
 
 def test_own_pictures_are_cropped_and_split_without_loss(tmp_path):
     for i in range(120):
         Image.fromarray(np.full((40, 30, 3), 2 * i, np.uint8)).save(tmp_path / f"{i:03}.png")
-    data = shared.load_data(Config(dataset=f"folder:{tmp_path}"), CPU, size=16)
+    data = shared.load_data(Config(dataset=f"folder:{tmp_path}", batch_size=10), CPU, size=16)
     assert data.shape == (1, 16, 16) and data.y_train is None and data.y_test is None
     values = torch.cat([data.x_train, data.x_test])[:, 0].mul(255).round().int().tolist()
     assert (len(data.x_test), sorted(values)) == (20, [2 * i for i in range(120)])

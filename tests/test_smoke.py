@@ -24,7 +24,6 @@ EXPECTED = {
     "linear_alae": {"eval/recon_mse", "eval/ratio_test", "eval/angle_E", "train/L_adv_ED"},
     "linear_latent_regressor": {"eval/recon_mse", "eval/ratio_test", "train/L_adv_D"},
     "linear_autoencoder": {"eval/recon_mse", "eval/ratio_test"},
-    "compare_autoencoders": {"mnist, k = 10: PCA/mse_test", "mnist: raw pixels/svm_acc_short"},
     "gan_mnist": {"eval/fid", "eval/digit_kl", "eval/digit_min", "train/grad_norm_G"},
     "equalized_lr": {"lreq/recon_mse", "plain/recon_mse"},
     "aae": IMAGES | SHORT | LONG | {"eval/prior_gap", "eval/prior_gap_floor"},
