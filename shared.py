@@ -60,20 +60,11 @@ def fail(message, code=2):
 
 def option(default, help, choices=None, low=None):
     """A dataclass field that becomes a command-line option; low: its least value."""
-    kind = type(default)
-
-    def parse(word):
-        value = kind(word)
-        if low is not None and not low <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"{word}: must be at least {low}, and finite")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says 'invalid int value'
-    how = {"type": parse, "choices": choices}
-    if kind is bool:
+    how = {"type": type(default), "choices": choices}
+    if isinstance(default, bool):
         how = {"action": argparse.BooleanOptionalAction}
     how["help"] = f"{help} (default: {default})".replace("%", "%%").replace(" (default: )", "")
-    return field(default=default, metadata=how)
+    return field(default=default, metadata={"low": low, "argument": how})
 
 
 @dataclass
@@ -105,10 +96,14 @@ def parse_config(Config, presets=None, argv=None):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = fail
     for f in fields(Config):
-        parser.add_argument(f"--{f.name.replace('_', '-')}", **f.metadata)
+        parser.add_argument(f"--{f.name.replace('_', '-')}", **f.metadata["argument"])
     argv = sys.argv[1:] if argv is None else argv
     argv = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in argv]
     given = vars(parser.parse_args(argv))
+    for f in fields(Config):
+        low, value = f.metadata["low"], given.get(f.name)
+        if low is not None and value is not None and not low <= value < 2**63:
+            fail(f"--{f.name.replace('_', '-')} {value}: must be at least {low}, and finite")
     defaults = (presets or {}).get(given.get("preset", getattr(Config, "preset", "")), {})
     for how, free in MAY_CHANGE.items():
         if given.get(how):
@@ -410,16 +405,13 @@ class Run:
             fail(f"{self.config.resume or self.config.eval} does not fit this data: {error}")
         if self.config.eval:
             return
-        every, done = 1 if self.unit == "epoch" else self.config.eval_every, self.epoch
-        how = {"initial": done * self.steps, "mininterval": 1 if sys.stderr.isatty() else 30}
+        every = 1 if self.unit == "epoch" else self.config.eval_every
+        how = {"initial": self.epoch * self.steps, "mininterval": 1 if sys.stderr.isatty() else 30}
         self.bar = tqdm(None, self.file.stem, self.total * self.steps, **how)
-        for end in range(done // every * every + every, self.total + every, every):
-            self.epoch, self.sums, self.step_in_epoch = min(end, self.total), {}, 0
-            self.images, self.begin, self.before = (
-                0,
-                time.perf_counter(),
-                (end - every) * self.steps,
-            )
+        for before in range(self.epoch // every * every, self.total, every):
+            self.epoch, self.before = min(before + every, self.total), before * self.steps
+            self.sums, self.images, self.step_in_epoch = {}, 0, 0
+            self.begin = time.perf_counter()
             yield self.epoch
 
     @property
