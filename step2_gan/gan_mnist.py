@@ -12,7 +12,6 @@ G minimises its own:
 
     python step2_gan/gan_mnist.py                   # 20 epochs, 7 to 10 minutes on one CPU core
     python step2_gan/gan_mnist.py --preset r1
-    python step2_gan/gan_mnist.py --preset dcgan    # convolutions
 
 Expect (20 epochs): LeNet-FID 7.1 (seed 0) and 22.2 (seed 1), each digit at least 7.9 % of samples.
 
@@ -24,10 +23,8 @@ Deviations from the papers:
     chosen with it. The presets without it have 0.001, as sweeps/gan_losses.yaml.
  3. z ~ N(0, I) with 50 dimensions, as in the other files. G has batch norm, D has none: either
     penalty is one image's own.
- 4. Samples come from an average of G's weights, as in PGGAN and ALAE (--eval-weights raw).
- 5. --net dcgan is DCGAN's idea for 28×28: two strided convolutions each. Layers start as PyTorch
-    has it, not at N(0, 0.02²).
- 6. 1406.2661 itself has maxout and dropout in D, and SGD with momentum.
+ 4. Samples come from an average of G's weights, as in PGGAN and ALAE.
+ 5. 1406.2661 itself has maxout and dropout in D, and SGD with momentum.
 """
 
 import copy
@@ -44,21 +41,16 @@ from torch import nn
 from torch.nn.functional import softplus
 from torch.nn.utils.parametrizations import spectral_norm
 
+NO_NORM = {"norm": "none", "lr": 0.001}  # deviation 2
 PRESETS = {
     "non-saturating-spectral": {},
-    "non-saturating": {"norm": "none", "lr": 0.001},  # the loss alone; deviation 2
-    "minimax": {"loss": "minimax", "norm": "none", "lr": 0.001},
-    "r1": {"loss": "r1", "norm": "none", "lr": 0.001},  # the penalty instead of spectral norm
+    "non-saturating": NO_NORM,
+    "minimax": NO_NORM | {"loss": "minimax"},
+    "r1": NO_NORM | {"loss": "r1"},
     # its paper's rate, and five steps of D on 128 images each
-    "wgan-gp": {
-        "loss": "wgan_gp",
-        "norm": "none",
-        "lr": 1e-4,
-        "critic_steps": 5,
-        "batch_size": 640,
-    },
-    "dcgan": {"net": "dcgan"},
+    "wgan-gp": NO_NORM | {"loss": "wgan_gp", "lr": 1e-4, "critic_steps": 5, "batch_size": 640},
 }
+LOSSES = ("minimax", "non_saturating", "r1", "wgan_gp")
 
 
 @dataclass
@@ -66,73 +58,37 @@ class Config(shared.Protocol):
     preset: str = option("non-saturating-spectral", "a loss and what it needs", tuple(PRESETS))
     epochs: int = option(20, "passes over the training images", low=0)
     batch_size: int = option(128, "images per step of G (1511.06434); D's steps share them", low=2)
-    loss: str = option(
-        "non_saturating", "of D and G", ("minimax", "non_saturating", "r1", "wgan_gp")
-    )
-    net: str = option("mlp", "G 50-1024-1024-784 and D its mirror, or dcgan", ("mlp", "dcgan"))
-    norm: str = option(
-        "spectral", "of D's weights: to spectral norm 1 (1802.05957), or none", ("none", "spectral")
-    )
+    loss: str = option("non_saturating", "of D and G", LOSSES)
+    norm: str = option("spectral", "of D's weights (1802.05957), or none", ("none", "spectral"))
     lr: float = option(0.002, "learning rate of Adam (chosen on val)", low=1e-9)
     beta1: float = option(0.0, "β₁ of Adam (ALAE's, chosen on val; β₂ = 0.999)", low=0)
-    gamma: float = option(10.0, "weight γ of R1 (1801.04406)", low=0)
-    gp_weight: float = option(10.0, "weight λ of WGAN-GP's penalty (1704.00028)", low=0)
+    gamma: float = option(10.0, "the penalty's weight: γ (1801.04406) or λ (1704.00028)", low=0)
     critic_steps: int = option(1, "steps of D for one of G (WGAN-GP: 5)", low=1)
     latent_dim: int = option(50, "dimension of z", low=1)
-    ema: float = option(
-        10_000.0, "half-life, in images, of G's averaged weights (train_alae.py)", low=1
-    )
-    eval_weights: str = option("ema", "evaluate the averaged or the raw weights", ("raw", "ema"))
+    ema: float = option(10_000.0, "half-life, in images, of G's average (train_alae.py)", low=1)
     eval_every: int = option(2, "epochs between evaluations, and pictures", low=1)
 
 
-# B batch, Z = latent_dim, X = pixels (784), H = 1024, C channels, S side of an image
+# B batch, Z = latent_dim, X = pixels (784), H = 1024
 
 
-def build(config, shape):
-    """G: z (B, Z) → x (B, X), D: x → (B, 1), for images of a shape (C, S, S)."""
+def build(config, X):
+    """G: z (B, Z) → x (B, X), D: x → (B, 1)."""
     Z, H, leaky = config.latent_dim, 1024, nn.LeakyReLU(0.2)
-    C, S, _ = shape
-    if config.net == "mlp":
-        X = C * S * S
-        G = nn.Sequential(
-            nn.Linear(Z, H, bias=False),
-            nn.BatchNorm1d(H),
-            nn.ReLU(),
-            nn.Linear(H, H, bias=False),
-            nn.BatchNorm1d(H),
-            nn.ReLU(),
-            nn.Linear(H, X),
-            nn.Sigmoid(),
-        )
-        D = nn.Sequential(nn.Linear(X, H), leaky, nn.Linear(H, H), leaky, nn.Linear(H, 1))
-    else:
-        s = S // 4
-        G = nn.Sequential(
-            nn.Linear(Z, 128 * s * s, bias=False),
-            nn.Unflatten(1, (128, s, s)),
-            nn.BatchNorm2d(128),
-            nn.ReLU(),
-            nn.ConvTranspose2d(128, 64, 4, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(64),
-            nn.ReLU(),
-            nn.ConvTranspose2d(64, C, 4, stride=2, padding=1),
-            nn.Sigmoid(),
-            nn.Flatten(),
-        )
-        D = nn.Sequential(
-            nn.Unflatten(1, shape),
-            nn.Conv2d(C, 64, 4, stride=2, padding=1),
-            leaky,
-            nn.Conv2d(64, 128, 4, stride=2, padding=1),
-            leaky,
-            nn.Flatten(),
-            nn.Linear(128 * s * s, 1),
-        )
+    G = nn.Sequential(
+        nn.Linear(Z, H, bias=False),
+        nn.BatchNorm1d(H),
+        nn.ReLU(),
+        nn.Linear(H, H, bias=False),
+        nn.BatchNorm1d(H),
+        nn.ReLU(),
+        nn.Linear(H, X),
+        nn.Sigmoid(),
+    )
+    D = nn.Sequential(nn.Linear(X, H), leaky, nn.Linear(H, H), leaky, nn.Linear(H, 1))
     if config.norm == "spectral":
-        for layer in D:
-            if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                spectral_norm(layer)
+        for layer in D[::2]:
+            spectral_norm(layer)
     return nn.ModuleDict({"G": G, "D": D})
 
 
@@ -159,7 +115,7 @@ def L_D(D, x, x_fake, config):
     fake = D(x_fake)
     if config.loss == "wgan_gp":
         epsilon = torch.rand(len(x), 1, device=x.device)
-        penalty = config.gp_weight * gradient_penalty(D, x, x_fake, epsilon)
+        penalty = config.gamma * gradient_penalty(D, x, x_fake, epsilon)
         return (fake - real).mean(), penalty
     penalty = torch.zeros((), device=x.device)
     if config.loss == "r1":
@@ -246,7 +202,7 @@ def draw(run, data, config):
     """Samples, and ways between two z."""
     run.nets.eval()
     G, z = run.nets["G"], prior(100, config, data.x_test.device)
-    title = f"GAN ({config.loss}, {config.net}), epoch {run.epoch}"
+    title = f"GAN ({config.loss}), epoch {run.epoch}"
     run.picture("samples", shared.grid(data.images(G(z)), 10, f"{title}: samples"))
     t = torch.linspace(0, 1, 10, device=z.device)[:, None]
     between = data.images(G(z[:8, None].lerp(z[8:16, None], t).flatten(0, 1)))
@@ -257,7 +213,7 @@ def draw(run, data, config):
 def main(config):
     device = shared.setup(config)
     data = shared.load_data(config, device)
-    nets = build(config, data.shape).to(device)
+    nets = build(config, data.x_train.shape[1]).to(device)
     averaged = copy.deepcopy(nets["G"]).requires_grad_(False)
 
     def adam(net):
@@ -265,9 +221,7 @@ def main(config):
 
     opt_D, opt_G = adam(nets["D"]), adam(nets["G"])
     parts = {"nets": nets, "averaged": averaged, "opt_D": opt_D, "opt_G": opt_G}
-    evaluated = nets
-    if config.eval_weights == "ema":
-        evaluated = nn.ModuleDict({"G": averaged, "D": nets["D"]})
+    evaluated = nn.ModuleDict({"G": averaged, "D": nets["D"]})
 
     run = shared.Run(config, device, evaluated, len(data.x_train) // config.batch_size)  # its own
     for epoch in run.epochs(parts):

@@ -8,18 +8,16 @@ which is c² v, and moves, with b = 1 − β2^t,
     Δŵ = −lr √b ĝ/(√v̂ + ε) = −lr √b g/(√v + ε/c),   so   Δw = c Δŵ = −(c lr) √b g/(√v + ε/c).
 
 That is Adam on w itself with the learning rate c lr; LREQAdam is this rule with ε in place of ε/c.
-Biases likewise, with c = lrmul. torch.optim.Adam with a group for each c has ε√b. All are one
+Biases likewise, with c = lrmul. torch.optim.Adam with a group for each tensor has ε√b. All are one
 trajectory of w, but for ε. At the start g/√v is about 1, so ‖Δw‖/‖w‖ ≈ lr · lrmul in every layer:
 this is what is equalized. Under plain Adam it is lr √(fan_in/2): wide layers turn faster.
 
-Here the FC ALAE is trained in all three and by plain Adam, from the same w, on the same x and z.
+Here the FC ALAE is trained in all three ways and by plain Adam, as in train_fc_alae.py, from the
+same w, on the same x and z; the raw weights are evaluated.
 
-    python step3_official_alae/equalized_lr.py
-    python step3_official_alae/equalized_lr.py --exact-steps 0     # no comparison in float64
+    python step3_official_alae/equalized_lr.py     # 11 minutes on one CPU core
 
 Expect (seed 0): in float64 the three part by at most 9·10⁻¹⁴ with ε = 10⁻³⁰, by 0.37 with 10⁻⁸.
-
-Deviations: those of train_fc_alae.py, whose training this is; the raw weights are evaluated.
 """
 
 import math
@@ -37,6 +35,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import linear, softplus
 
+BETA2, GAMMA = 0.99, 10.0  # of Adam; weight γ of R1
 WAYS = {"lreq": "LREQAdam", "runtime": "run-time scaling", "groups": "groups", "plain": "Adam"}
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)  # tried on val; LREQAdam has the same step at 20 times
 PRESETS = {"official": {}} | {f"rate-{rate}": {"lr_plain": rate, "lr": 20 * rate} for rate in RATES}
@@ -51,7 +50,6 @@ class Config(shared.Protocol):
     lr_plain: float = option(0.001, "learning rate of plain Adam (chosen on val)", low=1e-9)
     exact_steps: int = option(200, "steps, on 32 images, of the comparison in float64", low=0)
     latent_dim: int = option(50, "dimension of z and of w (paper §6.1)", low=1)
-    gamma: float = option(10.0, "weight γ of R1 (paper, algorithm 1)", low=0)
 
 
 # B batch, Z = W = latent_dim, X = pixels (784), H = 1024
@@ -75,16 +73,11 @@ class Linear(nn.Module):
         return linear(x, self.weight * self.weight.scale, self.bias * self.bias.scale)
 
 
-class PixelNorm(nn.Module):
-    def forward(self, z):
-        return z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8)
-
-
 def build(config, X, runtime):
     """F: z (B, Z) → w (B, W), G: w → x (B, X), E: x → w, D: w → (B, 1)."""
     Z, H, leaky = config.latent_dim, 1024, nn.LeakyReLU(0.2)
     layer = partial(Linear, runtime=runtime)
-    F = [PixelNorm()]
+    F = [nn.RMSNorm(Z, eps=1e-8, elementwise_affine=False)]  # pixel norm
     for _ in range(6):
         F += [layer(Z, Z, 0.1), leaky]
     G = [layer(Z, H), leaky, layer(H, H), leaky, layer(H, X)]
@@ -97,29 +90,26 @@ def build(config, X, runtime):
 class LREQAdam(torch.optim.Optimizer):
     """As in custom_adam.py: v ← β2 v + (1 − β2) g², w ← w − lr c √(1 − β2^t) g/(√v + ε)."""
 
-    def __init__(self, params, lr, beta2=0.99, eps=1e-8):
-        super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps, "t": 0})
+    def __init__(self, params, lr, eps):
+        super().__init__(params, {"lr": lr, "eps": eps, "t": 0})
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            group["t"] += 1
-            beta2 = group["beta2"]
-            size = group["lr"] * math.sqrt(1 - beta2 ** group["t"])
-            for p in group["params"]:
-                v = self.state[p].setdefault("v", torch.zeros_like(p))
-                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-                p.addcdiv_(p.grad, v.sqrt().add_(group["eps"]), value=-size * p.c)
+        (group,) = self.param_groups
+        group["t"] += 1
+        size = group["lr"] * math.sqrt(1 - BETA2 ** group["t"])
+        for p in group["params"]:
+            v = self.state[p].setdefault("v", torch.zeros_like(p))
+            v.mul_(BETA2).addcmul_(p.grad, p.grad, value=1 - BETA2)
+            p.addcdiv_(p.grad, v.sqrt().add_(group["eps"]), value=-size * p.c)
 
 
-def make_optimizer(way, nets, lr, eps):
-    params = list(nn.ModuleList(nets).parameters())
+def make_optimizer(way, params, lr, eps):
     if way == "lreq":
-        return LREQAdam(params, lr, eps=eps)
+        return LREQAdam(params, lr, eps)
     if way == "groups":
-        constants = dict.fromkeys(p.c for p in params)
-        params = [{"params": [p for p in params if p.c == c], "lr": lr * c} for c in constants]
-    return torch.optim.Adam(params, lr, (0.0, 0.99), eps, fused=True)
+        params = [{"params": [p], "lr": lr * p.c} for p in params]
+    return torch.optim.Adam(params, lr, (0.0, BETA2), eps, fused=True)
 
 
 def start(config, X, device, ways=tuple(WAYS), eps=1e-8, dtype=torch.float32):
@@ -130,11 +120,12 @@ def start(config, X, device, ways=tuple(WAYS), eps=1e-8, dtype=torch.float32):
         nets[way] = build(config, X, runtime=way == "runtime").to(device, dtype)
         lr = config.lr_plain if way == "plain" else config.lr
         for pair in ("ED", "FG"):
-            opts[f"{way} {pair}"] = make_optimizer(way, [nets[way][name] for name in pair], lr, eps)
+            params = nn.ModuleList(nets[way][name] for name in pair).parameters()
+            opts[f"{way} {pair}"] = make_optimizer(way, params, lr, eps)
     return nets, opts
 
 
-def iterate(way, nets, opts, x, z, gamma):
+def iterate(way, nets, opts, x, z):
     """One iteration of algorithm 1 on x (B, X) and z (3, B, Z), as in train_fc_alae.py."""
     F, G, E, D = nets[way].values()
     opt_ED, opt_FG = opts[f"{way} ED"], opts[f"{way} FG"]
@@ -146,7 +137,7 @@ def iterate(way, nets, opts, x, z, gamma):
     real = D(E(x))  # (B, 1)
     fake = D(E(x_fake))
     (gradient,) = torch.autograd.grad(real.sum(), x, create_graph=True)  # (B, X)
-    r1 = gamma / 2 * gradient.square().sum(1).mean()
+    r1 = GAMMA / 2 * gradient.square().sum(1).mean()
     loss_ED = (softplus(fake) + softplus(-real)).mean() + r1
     opt_ED.zero_grad()
     loss_ED.backward(inputs=[*E.parameters(), *D.parameters()])
@@ -161,11 +152,9 @@ def iterate(way, nets, opts, x, z, gamma):
     # Step III: E inverts G, on latents.
     w = F(z[2])  # (B, W)
     loss_err = (w.detach() - E(G(w))).square().mean()
-    opt_ED.zero_grad()
+    opt_ED.zero_grad(set_to_none=False)  # D's gradients stay 0, not None, as official
     opt_FG.zero_grad()
-    loss_err.backward(inputs=[*E.parameters(), *F.parameters(), *G.parameters()])
-    for p in D.parameters():  # zeros, not None, as official
-        p.grad = torch.zeros_like(p)
+    loss_err.backward()
     opt_ED.step()
     opt_FG.step()
     return {"L_adv_ED": loss_ED, "L_adv_FG": loss_FG, "L_err_EG": loss_err}
@@ -176,7 +165,7 @@ def train_step(nets, opts, x, config):
     z = torch.randn(3, len(x), config.latent_dim, device=x.device)
     losses = {}
     for way in WAYS:
-        for name, loss in iterate(way, nets, opts, x, z, config.gamma).items():
+        for name, loss in iterate(way, nets, opts, x, z).items():
             losses[f"{way}/{name}"] = loss.detach()
     return losses
 
@@ -196,11 +185,11 @@ def trajectories(config, x, eps):
     distances = {"runtime": [], "groups": []}
     nets, opts = start(config, x.shape[1], "cpu", ("lreq", *distances), eps, torch.float64)
     generator = torch.Generator().manual_seed(config.seed)
-    for _ in range(config.exact_steps):
-        i = torch.randint(len(x), (min(32, len(x)),), generator=generator)
-        z = torch.randn(3, len(i), config.latent_dim, generator=generator, dtype=torch.float64)
+    for _ in range(2 if config.smoke else config.exact_steps):
+        i = torch.randint(len(x), (32,), generator=generator)
+        z = torch.randn(3, 32, config.latent_dim, generator=generator, dtype=torch.float64)
         for way in nets:
-            iterate(way, nets, opts, x[i].double(), z, config.gamma)
+            iterate(way, nets, opts, x[i].double(), z)
         w = weights(nets["lreq"])
         for way in distances:
             distances[way].append(max(relative(weights(nets[way]), w).values()))
@@ -210,8 +199,8 @@ def trajectories(config, x, eps):
 def compare_trajectories(run, x, config):
     """How far the three part, as metrics and as a picture."""
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
-    panels, metrics = figure.subplots(1, 2), {}
-    for axes, eps in zip(panels, ("1e-30", "1e-8"), strict=True):
+    metrics = {}
+    for axes, eps in zip(figure.subplots(1, 2), ("1e-30", "1e-8"), strict=True):
         for way, distances in trajectories(config, x, float(eps)).items():
             metrics[f"{way}/strays_{eps}"] = max(distances)
             axes.plot(range(1, len(distances) + 1), distances, label=WAYS[way])
@@ -226,6 +215,7 @@ def compare_updates(run, nets, before):
     """‖update‖/‖w‖ of each layer, as a picture; of G and E the largest over the smallest."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     axes = figure.add_subplot(xlabel="layer", ylabel="‖update‖/‖w‖", yscale="log")
+    axes.set_title(f"Effective learning rate of each layer, last iteration of epoch {run.epoch}")
     metrics = {}
     for way, style in zip(WAYS, "osx^", strict=True):
         moved = relative(weights(nets[way]), before[way])
@@ -233,26 +223,23 @@ def compare_updates(run, nets, before):
         axes.plot(layers.keys(), layers.values(), style, label=WAYS[way], mfc="none")
         equal = [v for name, v in layers.items() if name[0] in "GE"]
         metrics[f"{way}/update_ratio"] = max(equal) / min(equal)
-    axes.set_title(f"Effective learning rate of each layer, last iteration of epoch {run.epoch}")
     axes.legend(fontsize=8)
     run.picture("updates", figure)
     return metrics
 
 
 def evaluate(nets, data, config, full=False):
-    """The same few metrics of each way, under its name; not full: the MSE alone."""
+    """The same few metrics of each way, under its name."""
     metrics, generator = {}, torch.Generator().manual_seed(0)
-    z = torch.randn(1000 if config.smoke else 10_000, config.latent_dim, generator=generator)
+    z = torch.randn(10_000, config.latent_dim, generator=generator).to(data.x_test.device)
     for way in WAYS:
         F, G, E, _ = nets[way].values()
         x_rec = shared.chunked(nn.Sequential(E, G), data.x_test)
-        metrics[f"{way}/recon_mse"] = shared.recon_mse(data.x_test, x_rec)
-        if full:
-            x_fake = shared.chunked(nn.Sequential(F, G), z.to(data.x_test.device))
-            short = shared.chunked(E, data.x_train), shared.chunked(E, data.x_test)
-            found = shared.image_metrics(data, x_rec, x_fake)
-            found |= shared.code_metrics(data, *short, "short", full=False)
-            metrics |= {name.replace("eval", way): value for name, value in found.items()}
+        x_fake = shared.chunked(nn.Sequential(F, G), z)
+        short = shared.chunked(E, data.x_train), shared.chunked(E, data.x_test)
+        found = shared.image_metrics(data, x_rec, x_fake)
+        found |= shared.code_metrics(data, *short, "short", full=False)
+        metrics |= {name.replace("eval", way): value for name, value in found.items()}
     return metrics
 
 
@@ -268,8 +255,6 @@ def draw(run, data, config):
 
 def main(config):
     device = shared.setup(config)
-    if config.smoke:
-        config.exact_steps = min(config.exact_steps, 2)
     data = shared.load_data(config, device)
     nets, opts = start(config, data.x_train.shape[1], device)
     parts = {"nets": nets} | opts

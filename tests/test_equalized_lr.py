@@ -65,7 +65,7 @@ def test_the_first_step_is_lr_times_lrmul_in_every_layer_under_equalization_alon
         before, first = lr.weights(nets[way]), opts[f"{way} ED"]
         opts[f"{way} ED"] = Once(first)
         opts[f"{way} FG"] = Once(None)
-        lr.iterate(way, nets, opts, x, z, 10.0)
+        lr.iterate(way, nets, opts, x, z)
         moved[way] = lr.relative(lr.weights(nets[way]), before)
     for way in ("lreq", "runtime", "groups"):
         for name in ("E.0", "E.2", "E.4", "D.0", "D.1"):
@@ -81,9 +81,9 @@ class Once:
     def __init__(self, optimizer):
         self.optimizer = optimizer
 
-    def zero_grad(self):
+    def zero_grad(self, **options):
         if self.optimizer:
-            self.optimizer.zero_grad()
+            self.optimizer.zero_grad(**options)
 
     def step(self):
         if self.optimizer:
@@ -96,7 +96,7 @@ def test_lreq_adam_is_the_one_of_train_fc_alae():
     mine, theirs = lr.Linear(6, 3, 0.1), alae.Linear(6, 3, 0.1).double()
     theirs.load_state_dict(mine.state_dict())
     assert theirs.weight.c == pytest.approx(mine.weight.c) and theirs.bias.c == mine.bias.c == 0.1
-    optimizers = [lr.LREQAdam(mine.parameters(), 0.01, eps=1e-3)]
+    optimizers = [lr.LREQAdam(mine.parameters(), 0.01, 1e-3)]
     optimizers.append(alae.LREQAdam(theirs, lr=0.01, eps=1e-3))
     for _ in range(5):
         for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
@@ -121,7 +121,7 @@ def test_an_iteration_is_that_of_train_fc_alae():
         expected = alae.train_step(theirs, opt_ED, opt_FG, x, config)
         torch.manual_seed(step)
         z = torch.randn(3, 8, 5)
-        losses = lr.iterate("lreq", nets, opts, x, z, config.gamma)
+        losses = lr.iterate("lreq", nets, opts, x, z)
         for name, loss in losses.items():
             torch.testing.assert_close(loss.detach(), expected[name])
     before = dict(theirs.named_parameters())
@@ -174,7 +174,6 @@ def test_metrics_are_of_each_ways_own_nets(monkeypatch):
         error = (data.x_test - i / 8).square().mean().item()
         assert metrics[f"{way}/recon_mse"] == pytest.approx(error, rel=1e-4)
         assert metrics[f"{way}/fid"] == pytest.approx(i / 8, abs=1e-6)
-    assert lr.evaluate(nets, data, lr.Config()).keys() == {f"{way}/recon_mse" for way in lr.WAYS}
 
 
 def test_a_run_measures_how_far_each_layer_moves_and_goes_on_bit_for_bit(
@@ -191,7 +190,7 @@ def test_a_run_measures_how_far_each_layer_moves_and_goes_on_bit_for_bit(
         json.loads((tmp_path / f"equalized_lr/{name}/summary.json").read_text()) for name in "ab"
     )
     same = [key for key in a if "/" in key and not key.startswith("perf/")]
-    assert {key: a[key] for key in same} == {key: b[key] for key in same} and len(same) == 20
+    assert {key: a[key] for key in same} == {key: b[key] for key in same} and len(same) == 16
     assert a["plain/update_ratio"] > 1.5 * a["lreq/update_ratio"] > 1
     assert math.isfinite(a["train/plain/L_err_EG"])
 
@@ -208,9 +207,9 @@ def test_updates_are_those_of_the_epochs_last_iteration_and_z_begins_at_the_seed
         weights.append(lr.weights(nets["lreq"]))
         return step(nets, *more)
 
-    def watched_iterate(way, nets, opts, x, z, gamma):
+    def watched_iterate(way, nets, opts, x, z):
         noise.append(z)
-        return iterate(way, nets, opts, x, z, gamma)
+        return iterate(way, nets, opts, x, z)
 
     monkeypatch.setattr(lr, "train_step", watched_step)
     monkeypatch.setattr(lr, "iterate", watched_iterate)
