@@ -52,6 +52,7 @@ class Config(shared.Protocol):
     latent_dim: int = option(50, "dimension of z and of w (§6.1)", low=1)
     gamma: float = option(10.0, "weight γ of R1 (algorithm 1)", low=0)
     ema: float = option(10_000.0, "half-life in images of averaged weights (train_alae.py)", low=1)
+    eval_weights: str = option("ema", "evaluate the averaged or the raw weights", ("raw", "ema"))
 
 
 # B batch, Z = W = latent_dim, X = pixels (784), H = 1024
@@ -193,8 +194,9 @@ def main(config):
     opt_ED, opt_FG, opt_EG = adam("E", "D"), adam("F", "G"), adam("E", "G")
     parts = {"nets": nets, "averaged": averaged}
     parts |= {"opt_ED": opt_ED, "opt_FG": opt_FG, "opt_EG": opt_EG}
+    evaluated = averaged if config.eval_weights == "ema" else nets
 
-    run = shared.Run(config, device, averaged, len(data.x_train) // config.batch_size)  # its own
+    run = shared.Run(config, device, evaluated, len(data.x_train) // config.batch_size)  # its own
     for epoch in run.epochs(parts):
         for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
             losses = train_step(nets, opt_ED, opt_FG, opt_EG, data.x_train[i], config)  # its own

@@ -23,7 +23,7 @@ Deviations from the papers:
     chosen with it. The presets without it have 0.001, as sweeps/gan_losses.yaml.
  3. z ~ N(0, I) with 50 dimensions, as in the other files. G has batch norm, D has none: either
     penalty is one image's own.
- 4. Samples come from an average of G's weights, as in PGGAN and ALAE.
+ 4. Samples come from an average of G's weights, as in PGGAN and ALAE (--eval-weights raw).
  5. 1406.2661 itself has maxout and dropout in D, and SGD with momentum.
 """
 
@@ -66,6 +66,7 @@ class Config(shared.Protocol):
     critic_steps: int = option(1, "steps of D for one of G (WGAN-GP: 5)", low=1)
     latent_dim: int = option(50, "dimension of z", low=1)
     ema: float = option(10_000.0, "half-life, in images, of G's average (train_alae.py)", low=1)
+    eval_weights: str = option("ema", "evaluate the averaged or the raw weights", ("raw", "ema"))
     eval_every: int = option(2, "epochs between evaluations, and pictures", low=1)
 
 
@@ -221,7 +222,9 @@ def main(config):
 
     opt_D, opt_G = adam(nets["D"]), adam(nets["G"])
     parts = {"nets": nets, "averaged": averaged, "opt_D": opt_D, "opt_G": opt_G}
-    evaluated = nn.ModuleDict({"G": averaged, "D": nets["D"]})
+    evaluated = nets
+    if config.eval_weights == "ema":
+        evaluated = nn.ModuleDict({"G": averaged, "D": nets["D"]})
 
     run = shared.Run(config, device, evaluated, len(data.x_train) // config.batch_size)  # its own
     for epoch in run.epochs(parts):

@@ -320,23 +320,26 @@ def test_learning_rates_are_constant_and_then_decay_to_one_percent(module, steps
     assert notes.evaluated is notes.nets
 
 
-def test_alae_averages_with_its_half_life_and_evaluates_the_average(steps):
-    notes = steps(alae, "--epochs", 1, "--ema", 128)
+@pytest.mark.parametrize("weights", ("ema", "raw"))
+def test_alae_averages_with_its_half_life_and_evaluates_what_is_asked(weights, steps):
+    notes = steps(alae, "--epochs", 1, "--ema", 128, "--eval-weights", weights)
     assert notes.decays == [0.5**0.5] * 4
     F, G, E, D = (notes.nets[name] for name in "FGED")
     for optimizer, nets in zip(notes.optimizers, ((E, D), (F, G), (E, G)), strict=True):
         assert holds(optimizer, *nets) and optimizer.param_groups[0]["betas"] == (0.0, 0.99)
-    assert notes.evaluated is notes.averaged
+    assert notes.evaluated is (notes.averaged if weights == "ema" else notes.nets)
     assert notes.averaged is not notes.nets and notes.lrs == [[0.004] * 3] * 4
 
 
-def test_the_gan_averages_with_its_half_life_of_images(steps):
-    notes = steps(gan, "--epochs", 1, "--ema", 128, "--batch-size", 64)
+@pytest.mark.parametrize("weights", ("ema", "raw"))
+def test_the_gan_averages_with_its_half_life_of_images(weights, steps):
+    options = ["--epochs", 1, "--ema", 128, "--eval-weights", weights]
+    notes = steps(gan, *options, "--batch-size", 64)
     assert notes.decays == [0.5**0.5] * 4
     for optimizer, name in zip(notes.optimizers, "DG", strict=True):
         assert holds(optimizer, notes.nets[name])
         assert optimizer.param_groups[0]["betas"] == (0.0, 0.999)
-    assert notes.evaluated["G"] is notes.averaged
+    assert notes.evaluated["G"] is (notes.averaged if weights == "ema" else notes.nets["G"])
     assert notes.evaluated["D"] is notes.nets["D"] and notes.averaged is not notes.nets["G"]
 
 
