@@ -105,16 +105,11 @@ class Linear(nn.Linear):
         self.bias.c = lrmul
 
 
-class PixelNorm(nn.Module):
-    def forward(self, z):
-        return z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8)
-
-
 def build(config, X):
     """F: z (B, Z) → w (B, W), G: w → x (B, X), E: x → w, D: w → (B, 1)."""
     Z, H = config.latent_dim, 1024
     leaky, leaky_out = nn.LeakyReLU(0.2), nn.LeakyReLU(config.slope)
-    F = [PixelNorm()]
+    F = [nn.RMSNorm(Z, eps=1e-8, elementwise_affine=False)]  # pixel norm
     if config.mapping == "mlp":
         for _ in range(6):
             F += [Linear(Z, Z, lrmul=0.1), leaky]
