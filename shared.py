@@ -141,6 +141,11 @@ def setup(config):
         device = torch.accelerator.current_accelerator()
     if config.device not in ("auto", device.type):
         fail(f"--device {config.device}: there is no such device here")
+    if getattr(config, "precision", "") == "bf16" and device.type == "cpu":
+        able = [name for name, there in torch.cpu.get_capabilities().items() if there]
+        if not any("bf16" in name for name in able):
+            print("--precision bf16: this processor has no such products, fp32 it is")
+            config.precision = "fp32"
     if config.smoke and hasattr(config, "epochs"):
         config.epochs, config.eval_every = min(config.epochs, 2), 1
     if config.smoke and hasattr(config, "steps"):

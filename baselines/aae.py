@@ -81,6 +81,7 @@ class Config(shared.Protocol):
     q_eval: bool = option(False, "Q in evaluation mode while D learns (A)")
     balance: bool = option(True, "D and Q each sit out while far ahead (F)")
     patience: int = option(3, "epochs without progress that cut the rates (F; 0: never)", low=0)
+    precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
 
 
 # B batch, Z = latent_dim, K classes (0 without labels), X = pixels, an image is (C, H, W)
@@ -119,7 +120,7 @@ def build(config, shape, K):
         P += [nn.Conv2d(16, C, 3, padding=1), nn.Flatten()]
     leaky, drop = nn.LeakyReLU(config.slope), nn.Dropout(config.dropout_D)
     D = [nn.Linear(Z + K, M), leaky, drop, nn.Linear(M, M), leaky, drop, nn.Linear(M, 1)]
-    return nn.ModuleDict({"Q": nn.Sequential(*Q), "P": nn.Sequential(*P), "D": nn.Sequential(*D)})
+    return nn.ModuleDict({"Q": nn.Sequential(*Q), "P": nn.Sequential(*P), "D": shared.Float32(*D)})
 
 
 def sample_prior(y, config, seed=None):
@@ -169,7 +170,9 @@ def train_step(nets, opts, x, y, config, before):
     Q, P, D = nets["Q"], nets["P"], nets["D"]
 
     # Reconstruction
-    loss_rec = L_rec(P(torch.cat([Q(x), y], 1)), x, config.loss)
+    with shared.products(config, x.device):
+        logits = P(torch.cat([Q(x), y], 1)).float()
+    loss_rec = L_rec(logits, x, config.loss)
     nets.zero_grad()
     loss_rec.backward()
     opts["P"].step()
@@ -182,7 +185,8 @@ def train_step(nets, opts, x, y, config, before):
 
     # Discriminator
     z = torch.cat([sample_prior(y, config), y], 1)  # (B, Z + K)
-    z_fake = torch.cat([Q(x), y], 1)
+    with shared.products(config, x.device):
+        z_fake = torch.cat([Q(x), y], 1)
     z_shown = z_fake.detach()
     if config.q_eval:
         with torch.no_grad():

@@ -61,6 +61,7 @@ class Config(shared.Protocol):
     sup_lr: float = option(0.004, "for supervision (deviation 1)", low=1e-9)
     beta1: float = option(0.5, "β₁ of Adam (deviation 1)", low=0)
     decay: float = option(0.5, "share of the training, at its end, with rates falling to 0", low=0)
+    precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
 
 
 # B batch, K classes or clusters, Z = latent_dim, X = pixels (784), N = 1000
@@ -93,7 +94,7 @@ def build(config, X, K):
 
     def D(n):
         M = config.hidden_D
-        return nn.Sequential(*hidden(n, M), *hidden(M, M), nn.Linear(M, 1))
+        return shared.Float32(*hidden(n, M), *hidden(M, M), nn.Linear(M, 1))
 
     Q = [Noise(config.noise), *hidden(X, N, norm), *hidden(N, N, norm), nn.Linear(N, K + Z)]
     P = [*hidden(K + Z, N), *hidden(N, N), nn.Linear(N, X)]
@@ -103,7 +104,7 @@ def build(config, X, K):
 
 def code(Q, x, config):
     """y (B, K), z (B, Z): class probabilities and style."""
-    y, z = Q(x).tensor_split([-config.latent_dim], 1)
+    y, z = Q(x).float().tensor_split([-config.latent_dim], 1)
     return y.softmax(1), z
 
 
@@ -124,7 +125,7 @@ def L_Q(D, c_fake):
 
 def L_sup(Q, x, k, config):
     """−log y_k, mean over the batch x (B, X) of classes k (B,)."""
-    logits, _ = Q(x).tensor_split([-config.latent_dim], 1)
+    logits, _ = Q(x).float().tensor_split([-config.latent_dim], 1)
     return cross_entropy(logits, k)
 
 
@@ -134,7 +135,9 @@ def train_step(nets, opts, x, labelled, config):
     D_y, D_z = nets["D_y"], nets["D_z"]
 
     # Reconstruction
-    loss_rec = L_rec(P(torch.cat(code(Q, x, config), 1)), x)
+    with shared.products(config, x.device):
+        logits = P(torch.cat(code(Q, x, config), 1)).float()
+    loss_rec = L_rec(logits, x)
     opts["P"].zero_grad()
     opts["Q_rec"].zero_grad()
     loss_rec.backward()
@@ -142,7 +145,8 @@ def train_step(nets, opts, x, labelled, config):
     opts["Q_rec"].step()
 
     # Regularization: the discriminators, then Q against them
-    y_fake, z_fake = code(Q, x, config)
+    with shared.products(config, x.device):
+        y_fake, z_fake = code(Q, x, config)
     k = torch.randint(y_fake.shape[1], (len(x),), device=x.device)
     y, z = one_hot(k, y_fake.shape[1]).to(x), torch.randn_like(z_fake)
     loss_D = L_D(D_y, y, y_fake.detach()) + L_D(D_z, z, z_fake.detach())
@@ -157,7 +161,8 @@ def train_step(nets, opts, x, labelled, config):
     # Supervision
     losses = {"L_rec": loss_rec, "L_D": loss_D, "L_Q": loss_Q}
     if labelled:
-        losses["L_sup"] = L_sup(Q, *labelled, config)
+        with shared.products(config, x.device):
+            losses["L_sup"] = L_sup(Q, *labelled, config)
         opts["Q_sup"].zero_grad()
         losses["L_sup"].backward()
         opts["Q_sup"].step()

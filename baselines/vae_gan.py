@@ -74,6 +74,7 @@ class Config(shared.Protocol):
     gan_reconstruction: bool = option(True, "x̃ is in L_GAN (paper, R; L: not)")
     bn_momentum: float = option(0.9, "a batch's share in running statistics (R, L)", low=0)
     margin: float = option(0.0, "of the equilibrium rule; 0: none (R; L: 0.35)", low=0)
+    precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
 
 
 # B batch, Z = latent_dim, the nets' images (B, C, S, S) in [−1, 1], data (B, X) in [0, 1]
@@ -88,7 +89,7 @@ class Heads(nn.Module):
         self.log_var = nn.Linear(H, Z)
 
     def forward(self, h):
-        return self.mu(h), self.log_var(h)
+        return self.mu(h).float(), self.log_var(h).float()
 
 
 def build(config, C):
@@ -134,7 +135,7 @@ def L_prior(mu, log_var, reduction):
 
 def L_llike(f, f_rec, reduction):
     """−log N(f; f_rec, I) = ½ Σ (f − f_rec)², up to a constant; or the mean of the squares."""
-    error = (f - f_rec).square()
+    error = (f.float() - f_rec.float()).square()
     return error.mean() if reduction == "mean" else 0.5 * error.sum()
 
 
@@ -149,9 +150,9 @@ def discriminate(Dis, images, config):
     """Features Dis_l and logits of each of x, x̃, x_p, one by one (R) or joined (L)."""
     if config.preset == "lucabergamini":
         features = Dis[0](torch.cat(images))
-        return features.chunk(3), Dis[1](features).chunk(3)
+        return features.chunk(3), Dis[1](features).float().chunk(3)
     features = [Dis[0](part) for part in images]
-    return features, [Dis[1](part) for part in features]
+    return features, [Dis[1](part).float() for part in features]
 
 
 def who_trains(terms, config):
@@ -175,12 +176,13 @@ def descend(optimizer, gradients):
 def train_step(nets, opts, x, config):
     """An iteration of algorithm 1 on x (B, C, S, S)."""
     Enc, Dec, Dis = nets["Enc"], nets["Dec"], nets["Dis"]
-    mu, log_var = Enc(x)  # (B, Z) each
-    z = mu + (log_var / 2).exp() * torch.randn_like(mu)
-    z_p = torch.randn_like(mu)
-    fakes = [Dec(z), Dec(z_p)]  # x̃, x_p
-    leaves = [image.detach().requires_grad_() for image in fakes]  # where the graph of Dis begins
-    features, logits = discriminate(Dis, [x, *leaves], config)
+    with shared.products(config, x.device):
+        mu, log_var = Enc(x)  # (B, Z) each
+        z = mu + (log_var / 2).exp() * torch.randn_like(mu)
+        z_p = torch.randn_like(mu)
+        fakes = [Dec(z), Dec(z_p)]  # x̃, x_p
+        leaves = [image.detach().requires_grad_() for image in fakes]  # where Dis's graph begins
+        features, logits = discriminate(Dis, [x, *leaves], config)
     terms = cross_entropies(logits, config)
     prior = L_prior(mu, log_var, config.reduction)
     llike = L_llike(*features[:2], config.reduction)
@@ -207,8 +209,9 @@ def train_step(nets, opts, x, config):
 def vae_step(nets, opts, x, config):
     """One update of a VAE's Enc and Dec on x (B, C, S, S)."""
     Enc, Dec = nets["Enc"], nets["Dec"]
-    mu, log_var = Enc(x)
-    x_rec = Dec(mu + (log_var / 2).exp() * torch.randn_like(mu))
+    with shared.products(config, x.device):
+        mu, log_var = Enc(x)
+        x_rec = Dec(mu + (log_var / 2).exp() * torch.randn_like(mu))
     prior = L_prior(mu, log_var, "sum") / len(x)
     llike = L_llike(x, x_rec, "sum") / len(x)
     gradients = grad(prior + llike, [*nets.parameters()])

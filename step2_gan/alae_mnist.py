@@ -53,6 +53,7 @@ class Config(shared.Protocol):
     gamma: float = option(10.0, "weight γ of R1 (algorithm 1)", low=0)
     ema: float = option(10_000.0, "half-life in images of averaged weights (train_alae.py)", low=1)
     eval_weights: str = option("ema", "evaluate the averaged or the raw weights", ("raw", "ema"))
+    precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
 
 
 # B batch, Z = W = latent_dim, X = pixels (784), H = 1024
@@ -83,8 +84,9 @@ def build(config, X):
     G = [Linear(Z, H), leaky, Linear(H, H), leaky, Linear(H, X)]
     E = [Linear(X, H), leaky, Linear(H, H), leaky, Linear(H, Z)]
     D = [Linear(Z, Z, lrmul), leaky, Linear(Z, Z, lrmul), leaky, Linear(Z, 1, lrmul)]
-    nets = {"F": F, "G": G, "E": E, "D": D}
-    return nn.ModuleDict({name: nn.Sequential(*layers) for name, layers in nets.items()})
+    nets = {"F": shared.Float32(*F), "G": nn.Sequential(*G)}
+    nets |= {"E": nn.Sequential(*E), "D": shared.Float32(*D)}
+    return nn.ModuleDict(nets)
 
 
 def L_adv_ED(D, E, x, x_fake, gamma):
@@ -114,15 +116,17 @@ def train_step(nets, opt_ED, opt_FG, opt_EG, x, config):
     z = torch.randn(3, len(x), config.latent_dim, device=x.device)  # fresh for each step
 
     # Step I: the critic D∘E tells data from samples.
-    with torch.no_grad():
-        x_fake = G(F(z[0]))
-    loss_ED, r1 = L_adv_ED(D, E, x, x_fake, config.gamma)
+    with shared.products(config, x.device):
+        with torch.no_grad():
+            x_fake = G(F(z[0]))
+        loss_ED, r1 = L_adv_ED(D, E, x, x_fake, config.gamma)
     opt_ED.zero_grad()
     loss_ED.backward(inputs=[*E.parameters(), *D.parameters()])
     opt_ED.step()
 
     # Step II: the generator G∘F moves against it.
-    loss_FG = L_adv_FG(D, E, G(F(z[1])))
+    with shared.products(config, x.device):
+        loss_FG = L_adv_FG(D, E, G(F(z[1])))
     opt_FG.zero_grad()
     loss_FG.backward(inputs=[*F.parameters(), *G.parameters()])
     opt_FG.step()
@@ -130,7 +134,8 @@ def train_step(nets, opt_ED, opt_FG, opt_EG, x, config):
     # Step III: E inverts G, on latents.
     with torch.no_grad():
         w = F(z[2])  # (B, W)
-    loss_err = L_err_EG(E, G, w)
+    with shared.products(config, x.device):
+        loss_err = L_err_EG(E, G, w)
     opt_EG.zero_grad()
     loss_err.backward(inputs=[*E.parameters(), *G.parameters()])
     opt_EG.step()

@@ -43,6 +43,7 @@ class Config(shared.Protocol):
     latent_dim: int = option(50, "dimension of z (ALAE §6.1)", low=1)
     loss: str = option("l2", "what is minimised", ("l1", "l2", "bce", "vae"))
     noise: float = option(0.0, "standard deviation σ of the noise on E's input", low=0)
+    precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
 
 
 # B batch, Z = latent_dim, X = pixels (784), H = 1024
@@ -82,13 +83,15 @@ def train_step(nets, optimizer, x, config):
     x_noisy = x
     if config.noise > 0:
         x_noisy = x + config.noise * torch.randn_like(x)
-    code = nets["E"](x_noisy)
     kl = torch.zeros((), device=x.device)
-    if config.loss == "vae":
-        mu, log_var = code.chunk(2, 1)  # (B, Z) each
-        code = mu + (log_var / 2).exp() * torch.randn_like(mu)
-        kl = KL(mu, log_var).mean()
-    rec = L_rec(nets["G"](code), x, config.loss)
+    with shared.products(config, x.device):
+        code = nets["E"](x_noisy).float()
+        if config.loss == "vae":
+            mu, log_var = code.chunk(2, 1)  # (B, Z) each
+            code = mu + (log_var / 2).exp() * torch.randn_like(mu)
+            kl = KL(mu, log_var).mean()
+        out = nets["G"](code).float()
+    rec = L_rec(out, x, config.loss)
 
     optimizer.zero_grad()
     (rec + kl).backward()

@@ -42,6 +42,7 @@ class Config(shared.Protocol):
     lr: float = option(0.0002, "learning rate, constant for 200 epochs (train_gan.py)", low=1e-9)
     weight_decay: float = option(2.5e-5, "L2 penalty, in the gradient (train_gan.py)", low=0)
     latent_dim: int = option(50, "dimension of z (train_mnist.sh)", low=1)
+    precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
 
 
 # B batch, Z = latent_dim, X = pixels (784), H = 1024
@@ -113,8 +114,9 @@ def train_step(nets, opt_D, opt_EG, x, config):
     """One update of D, and of E and G, from the same batch x (B, X)."""
     G, E, D = nets["G"], nets["E"], nets["D"]
     z = torch.rand(len(x), config.latent_dim, device=x.device) * 2 - 1
-    real = D(x, to_code(E(x)))  # (B, 1); two calls: each has its own batch statistics
-    fake = D(G(z), z)
+    with shared.products(config, x.device):
+        real = D(x, to_code(E(x))).float()  # (B, 1); two calls: each has its own batch statistics
+        fake = D(G(z), z).float()
     loss_D = L_D(real, fake)
     loss_EG = L_EG(real, fake)
 

@@ -68,6 +68,7 @@ class Config(shared.Protocol):
     ema: float = option(10_000.0, "half-life, in images, of G's average (train_alae.py)", low=1)
     eval_weights: str = option("ema", "evaluate the averaged or the raw weights", ("raw", "ema"))
     eval_every: int = option(2, "epochs between evaluations, and pictures", low=1)
+    precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
 
 
 # B batch, Z = latent_dim, X = pixels (784), H = 1024
@@ -112,8 +113,8 @@ def gradient_penalty(D, x, x_fake, epsilon):
 def L_D(D, x, x_fake, config):
     """D's loss and its penalty, mean over the batch; x, x_fake (B, X)."""
     x = x.detach().requires_grad_(config.loss == "r1")
-    real = D(x)  # (B, 1)
-    fake = D(x_fake)
+    real = D(x).float()  # (B, 1)
+    fake = D(x_fake).float()
     if config.loss == "wgan_gp":
         epsilon = torch.rand(len(x), 1, device=x.device)
         penalty = config.gamma * gradient_penalty(D, x, x_fake, epsilon)
@@ -137,15 +138,17 @@ def train_step(nets, opt_D, opt_G, x, config):
     """Steps of D, each on its part of x (B, X), then one of G."""
     G, D = nets["G"], nets["D"]
     for x_real in x.chunk(config.critic_steps):
-        with torch.no_grad():
-            x_fake = G(torch.randn(len(x_real), config.latent_dim, device=x.device))
-        loss_D, penalty = L_D(D, x_real, x_fake, config)
+        with shared.products(config, x.device):
+            with torch.no_grad():
+                x_fake = G(torch.randn(len(x_real), config.latent_dim, device=x.device))
+            loss_D, penalty = L_D(D, x_real, x_fake, config)
         opt_D.zero_grad()
         (loss_D + penalty).backward()
         opt_D.step()
 
     z = torch.randn(len(x) // config.critic_steps, config.latent_dim, device=x.device)
-    loss_G = L_G(D(G(z)), config.loss)
+    with shared.products(config, x.device):
+        loss_G = L_G(D(G(z)).float(), config.loss)
     opt_G.zero_grad()
     loss_G.backward(inputs=list(G.parameters()))
     opt_G.step()

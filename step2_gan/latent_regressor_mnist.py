@@ -44,6 +44,7 @@ class Config(shared.Protocol):
     weight_decay: float = option(2.5e-5, "L2 penalty, in the gradient (train_gan.py)", low=0)
     joint: bool = option(False, "JLR: L_err_E reaches the generator as well")
     latent_dim: int = option(50, "dimension of z (train_mnist.sh)", low=1)
+    precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
 
 
 # B batch, Z = latent_dim, X = pixels (784), H = 1024
@@ -116,15 +117,17 @@ def train_step(nets, opt_D, opt_G, opt_E, x, config):
     """One update of D, G and E from the same batch x (B, X)."""
     G, E, D = nets["G"], nets["E"], nets["D"]
     z = torch.rand(len(x), config.latent_dim, device=x.device) * 2 - 1
-    x_fake = G(z)
-    real = D(x)  # (B, 1); two calls: each has its own batch statistics
-    fake = D(x_fake)
+    with shared.products(config, x.device):
+        x_fake = G(z)
+        real = D(x).float()  # (B, 1); two calls: each has its own batch statistics
+        fake = D(x_fake).float()
+        x_seen = x_fake.detach()
+        if config.joint:  # a quarter of the gradient reaches G (train_mnist.sh)
+            x_seen = x_seen + 0.25 * (x_fake - x_seen)
+        z_rec = E(x_seen).float()  # (B, Z), logits
     loss_D = L_adv_D(real, fake)
     loss_G = L_adv_G(fake)
-    x_seen = x_fake.detach()
-    if config.joint:  # a quarter of the gradient reaches G (train_mnist.sh)
-        x_seen = x_seen + 0.25 * (x_fake - x_seen)
-    loss_E = L_err_E(E(x_seen), z)
+    loss_E = L_err_E(z_rec, z)
 
     opt_D.zero_grad()
     opt_G.zero_grad()

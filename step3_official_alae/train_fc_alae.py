@@ -86,7 +86,7 @@ class Config(shared.Protocol):
     critic: str = option("linear", "D: linear, as official, or with leaky ReLU", ("linear", "mlp"))
     output: str = option("linear", "G's, or bounded by a sigmoid or tanh", ("linear", "bounded"))
     eval_weights: str = option("ema", "evaluate the averaged or the raw weights", ("raw", "ema"))
-    precision: str = option("fp32", "of the products in E and G (ours)", ("fp32", "bf16"))
+    precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
 
 
 # B batch, Z = W = latent_dim, X = pixels (784), H = 1024
