@@ -10,7 +10,7 @@ E: x → w (k) and G: w → x (d) are matrices, x is centred, σ the standard de
 
 Expect (seed 0, test MSE over PCA's): l2 1.000 at k = 10 and 50; l1 1.08 and 1.27.
 
-It is a reference for compare_autoencoders.py, after LinearVanilaAE of
+A reference for the other linear files, after LinearVanilaAE of
 github.com/ariel415el/LabProject-ALAE. Deviations from that: Adam's learning rate is 0.002, falling
 linearly to 0, not 0.001; 5,000 steps of 256 images, each image once an epoch, not 1,000 of 64 drawn
 at random.
