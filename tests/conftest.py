@@ -1,6 +1,7 @@
 """Helpers of the tests: running a file as a user does, or in this process; watching optimizers."""
 
 import functools
+import importlib
 import os
 import runpy
 import signal
@@ -35,6 +36,16 @@ def launch(file, *arguments, cwd=ROOT, **environment):
     command = [sys.executable, str(ROOT / file), *map(str, arguments)]
     env = ENVIRONMENT | environment
     return subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def launched(tmp_path_factory):
+    """A finished process that trained as a user does, where W&B is not installed; its folder."""
+    folder = tmp_path_factory.mktemp("launched")
+    (folder / "wandb.py").write_text("raise ImportError('not installed')")
+    how = ["--smoke", "--epochs", 1, "--out_dir", folder, "--run-name=mine"]
+    done = launch(FC_ALAE, *how, PYTHONPATH=str(folder), OMP_DISPLAY_ENV="VERBOSE")
+    return done, folder / "train_fc_alae/mine"
 
 
 @pytest.fixture
@@ -72,6 +83,67 @@ def as_before():
     torch.set_float32_matmul_precision(precision)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def shrink(patch):
+    """400 + 200 images, of 10,000 samples as many, small pictures, of the classifiers 1-NN alone.
+
+    The run of `launched` has all of that at full size.
+    """
+    load_archives, chunked = shared.load_archives, shared.chunked
+    savefig = shared.Figure.savefig
+
+    def first_images(*arguments):
+        (x, y), (x_test, y_test) = load_archives(*arguments)
+        return (x[:400], y[:400]), (x_test[:200], y_test[:200])
+
+    def first_rows(function, x, size=2000):
+        return chunked(function, x[:400], size)
+
+    def small_picture(figure, path, **_):
+        savefig(figure, path, format="png", dpi=20)
+
+    patch.setattr(shared, "load_archives", first_images)
+    patch.setattr(shared, "chunked", first_rows)
+    patch.setattr(shared.Figure, "savefig", small_picture)
+    patch.setattr(shared, "svm_accuracy", lambda *_: 50.0)
+    patch.setattr(shared, "mlp_accuracy", lambda *_: 50.0)
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """The images, samples and pictures of the runs of `finished`."""
+    shrink(monkeypatch)
+
+
+def smoke_options(module):
+    """Of a short run of an experiment: where there are epochs, it has 2 of 2 steps."""
+    options = ["--smoke", "--seed", 5]
+    if hasattr(module.Config, "batch_size"):
+        options += ["--batch-size", 200]
+    if module.__name__ == "aae_semi_supervised":
+        options += ["--labels", 100]  # 400 images have not the usual 1,000
+    if module.__name__ == "equalized_lr":
+        options += ["--exact-steps", 1]
+    if module.__name__ == "pca_gd":
+        options += ["--k", 5]
+    return options
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """name → the folder of a finished run of that experiment, which tests share and leave alone."""
+
+    @functools.cache
+    def run(name):
+        out_dir, module = tmp_path_factory.mktemp("finished"), importlib.import_module(name)
+        options = [*smoke_options(module), "--out-dir", out_dir, "--run-name", "run"]
+        with pytest.MonkeyPatch.context() as patch:
+            shrink(patch)
+            train(patch, module, *options)
+        return out_dir / name / "run"
+
+    return run
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 import gzip
 import shutil
 
+import shared
+
 import pytest
 import torch
 from conftest import FC_ALAE, ROOT, launch
@@ -17,21 +19,21 @@ CASES = [
     (FC_ALAE, ["--epochs", "-3"], "at least 0"),
     (FC_ALAE, ["--lr", "nan"], "nan"),
     (FC_ALAE, ["--preset", "slow"], "--preset"),
-    (FC_ALAE, ["--batch-size", "60001"], "larger than the training data"),
+    (FC_ALAE, ["--smoke", "--batch-size", "2001"], "larger than the training data"),
     (FC_ALAE, ["--device", "mps"], "no such device"),
     (FC_ALAE, ["--dataset", "imagenet"], "unknown"),
     (FC_ALAE, ["--dataset", "folder:/no/such/folder"], "only 0 pictures"),
     (FC_ALAE, ["--dataset", "folder:{tmp}/broken"], "not a readable picture"),
     (FC_ALAE, ["--data-dir", "{tmp}/nothing"], "could not be fetched"),
     (FC_ALAE, ["--data-dir", "{tmp}/corrupt"], "damaged"),
-    (FC_ALAE, ["--out-dir", "{tmp}/file"], "cannot make"),
+    (FC_ALAE, ["--smoke", "--out-dir", "{tmp}/file"], "cannot make"),
     (FC_ALAE, ["--resume", "{tmp}/nothing.pt"], "FileNotFoundError"),
     (FC_ALAE, ["--resume", "{tmp}/file"], "no checkpoint"),
     (FC_ALAE, ["--resume", "{tmp}/other.pt"], "a checkpoint of pca_gd"),
     (FC_ALAE, ["--resume", "{root}/assets/fc_alae.pt"], "a trained model"),
     (FC_ALAE, ["--eval", "{root}/assets/fc_alae.pt", "--lr", "1"], "--lr: leave it out"),
-    (LINEAR, ["--k", "784"], "spans 711 dimensions"),
-    (SEMI, ["--labels", "105"], "multiple of 10"),
+    (LINEAR, ["--smoke", "--k", "784"], "spans 624 dimensions"),
+    (SEMI, ["--smoke", "--labels", "105"], "multiple of 10"),
 ]
 
 
@@ -75,8 +77,8 @@ def test_wandb_without_a_login_is_refused_before_training(tmp_path):
     assert not list(tmp_path.glob("*/*"))
 
 
-def test_runs_are_never_shared_nor_lost(here, cheap, tmp_path):
-    how = ["--smoke", "--out-dir", tmp_path, "--run-name", "mine"]
+def test_runs_are_never_shared_nor_lost(here, cheap, few_images, tmp_path):
+    how = ["--smoke", "--batch-size", 400, "--out-dir", tmp_path, "--run-name", "mine"]
     assert here(FC_ALAE, *how).returncode == 0
     folder = tmp_path / "train_fc_alae/mine"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -90,7 +92,9 @@ def test_runs_are_never_shared_nor_lost(here, cheap, tmp_path):
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_images_that_are_all_the_same_are_no_data_for_linear_maps(here, tmp_path):
+def test_images_that_are_all_the_same_are_no_data_for_linear_maps(here, tmp_path, monkeypatch):
+    load_data = shared.load_data
+    monkeypatch.setattr(shared, "load_data", lambda *given, **_: load_data(*given, size=8))
     for i in range(100):
         Image.new("L", (8, 8), 90).save(tmp_path / f"{i}.png")
     how = ["--dataset", f"folder:{tmp_path}", "--k", 2, "--batch-size", 2, "--out-dir", tmp_path]

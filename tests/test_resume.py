@@ -10,8 +10,10 @@ import shared
 
 import pytest
 import torch
-from conftest import assert_same, train
+from conftest import assert_same, smoke_options, train
 from test_form import TRAINED
+
+NAMES = [path.stem for path in TRAINED]
 
 
 def load(folder, name="checkpoint.pt"):
@@ -36,18 +38,20 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(shared.Run, "step", step_then_stop)
 
 
-@pytest.mark.parametrize("name", [path.stem for path in TRAINED])
-def test_stopped_and_resumed_is_as_if_never_stopped(name, cheap, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", NAMES)
+def test_stopped_and_resumed_is_as_if_never_stopped(
+    name, finished, few_images, tmp_path, monkeypatch, capsys
+):
     module = importlib.import_module(name)
-    how = ["--smoke", "--out-dir", tmp_path, "--seed", 5, "--batch-size", 400]
-    train(monkeypatch, module, *how, "--run-name", "straight")
-    straight, stopped = tmp_path / name / "straight", tmp_path / name / "stopped"
+    straight, stopped = finished(name), tmp_path / name / "stopped"
     total = json.loads((straight / "summary.json").read_text())
-    steps = 60 if "steps" in total else 2 * (2000 // 400)
+    steps = 50 if "steps" in total else 3  # of 60, or of 2 epochs of 2
 
+    monkeypatch.setattr(shared.Run, "picture", lambda *_: None)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        stop_after(patch, steps - 1 if steps < 60 or "epochs" in total else 50)
-        train(patch, module, *how, "--run-name", "stopped")
+        stop_after(patch, steps)
+        options = [*smoke_options(module), "--out-dir", tmp_path]
+        train(patch, module, *options, "--run-name", "stopped")
     assert stop.value.code == 130
     checkpoint = stopped / "checkpoint.pt"
     assert f"--resume {checkpoint}" in capsys.readouterr().err
@@ -60,33 +64,30 @@ def test_stopped_and_resumed_is_as_if_never_stopped(name, cheap, tmp_path, monke
     assert rows(straight) == rows(stopped)
     after = json.loads((stopped / "summary.json").read_text())
     assert len(after["commands"]) == len(after["commits"]) == 2 and after["status"] == "done"
-    assert after["images_seen"] == total["images_seen"]
+    assert after["images_seen"] == total["images_seen"] == (60 if "steps" in total else 4) * 200
 
 
-@pytest.mark.parametrize("name", [path.stem for path in TRAINED])
-def test_eval_measures_model_and_checkpoint_without_training(name, tmp_path, monkeypatch):
-    module = importlib.import_module(name)
-    seen = []
-    monkeypatch.setattr(shared.Run, "picture", lambda run, name, figure: None)
-    monkeypatch.setattr(shared, "code_metrics", lambda *_, **__: {})
-    monkeypatch.setattr(shared, "fid", lambda real, fake: fake.mean().item())
-    monkeypatch.setattr(shared.Run, "finish", lambda run, metrics: seen.append((run, metrics)))
-    how = ["--smoke", "--out-dir", tmp_path]
-    train(monkeypatch, module, *how, "--run-name", "trained", "--batch-size", 400)
-    run, metrics = seen.pop()
-    run.save(run.nets, "model.pt")
+@pytest.mark.parametrize("name", NAMES)
+def test_eval_measures_model_and_checkpoint_without_training(
+    name, finished, few_images, tmp_path, monkeypatch
+):
+    module, folder, ended = importlib.import_module(name), finished(name), []
+    trained = json.loads((folder / "summary.json").read_text())
+    monkeypatch.setattr(shared.Run, "picture", lambda *_: None)
+    monkeypatch.setattr(shared.Run, "finish", lambda run, metrics: ended.append((run, metrics)))
     for file in ("model.pt", "checkpoint.pt"):
-        path = tmp_path / name / "trained" / file
-        train(monkeypatch, module, "--eval", path, *how, "--run-name", f"eval-{file}")
-        again, found = seen.pop()
-        assert again.epoch == run.epoch and again.bar is None
-        assert found and found == pytest.approx({key: metrics[key] for key in found}, rel=1e-6)
+        options = ["--eval", folder / file, "--smoke", "--out-dir", tmp_path, "--run-name", file]
+        train(monkeypatch, module, *options)
+        run, metrics = ended.pop()
+        assert run.epoch == trained[f"{run.unit}s"] > 0 and run.bar is None
+        assert metrics == pytest.approx({key: trained[key] for key in metrics}, rel=1e-6)
+        assert metrics
 
 
-@pytest.mark.parametrize("name", [path.stem for path in TRAINED])
-def test_no_epochs_evaluates_the_untrained_nets(name, cheap, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", NAMES)
+def test_no_epochs_evaluates_the_untrained_nets(name, cheap, few_images, tmp_path, monkeypatch):
     module = importlib.import_module(name)
     none = ["--steps", 0] if hasattr(module.Config, "steps") else ["--epochs", 0]
-    how = ["--smoke", "--out-dir", tmp_path, "--run-name", "untrained"]
+    how = [*smoke_options(module), "--out-dir", tmp_path, "--run-name", "untrained"]
     train(monkeypatch, module, *how, *none)
     assert load(tmp_path / name / "untrained", "model.pt")["epoch"] == 0

@@ -1,15 +1,12 @@
 """Every experiment runs through, and the numbers that it wrote are those expected, and finite."""
 
 import csv
-import importlib
 import json
 import math
 
-import shared
-
 import pytest
 import torch
-from conftest import FC_ALAE, ROOT, launch, train
+from conftest import FC_ALAE, ROOT
 
 FOLDERS = ("step1_linear", "step2_gan", "step3_official_alae", "baselines")
 FILES = sorted(path for path in ROOT.glob("*/*.py") if path.parent.name in FOLDERS)
@@ -31,22 +28,9 @@ EXPECTED = {
 }
 
 
-@pytest.fixture
-def small_pictures(monkeypatch):
-    """Drawing at full size takes longer than all else; one run below does it."""
-    savefig = shared.Figure.savefig
-
-    def small(figure, path, **_):
-        savefig(figure, path, format="png", dpi=30)
-
-    monkeypatch.setattr(shared.Figure, "savefig", small)
-
-
 @pytest.mark.parametrize("name", EXPERIMENTS)
-@pytest.mark.usefixtures("small_pictures")
-def test_smoke(name, tmp_path, monkeypatch, capsys):
-    train(monkeypatch, importlib.import_module(name), "--smoke", "--out-dir", tmp_path)
-    (folder,) = (tmp_path / name).iterdir()
+def test_smoke(name, finished):
+    folder = finished(name)
     summary = json.loads((folder / "summary.json").read_text())
     assert FACTS | EXPECTED.get(name, IMAGES | SHORT | LONG) <= summary.keys()
     assert summary["status"] == "done"
@@ -62,10 +46,10 @@ def test_smoke(name, tmp_path, monkeypatch, capsys):
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def test_a_file_runs_as_a_user_runs_it(tmp_path):
-    done = launch(FC_ALAE, "--smoke", "--epochs", 1, "--out_dir", tmp_path, "--run-name=mine")
+def test_a_file_runs_as_a_user_runs_it_and_needs_no_wandb(launched):
+    done, folder = launched
     assert done.returncode == 0, done.stderr
     assert "eval/fid" in done.stdout and "L_adv_ED" in done.stderr
-    facts = json.loads((tmp_path / "train_fc_alae/mine/config.json").read_text())
+    facts = json.loads((folder / "config.json").read_text())
     assert facts["config"]["epochs"] == 1 and facts["commands"][0].startswith(f"python {FC_ALAE}")
     assert "cores" in facts["hardware"] and facts["matmul"] in ("medium", "highest")
