@@ -174,12 +174,17 @@ def products(config, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
+def fp32(x):
+    """What products in bf16 gave, for a loss."""
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
 class Float32(nn.Sequential):
     """Layers that stay in fp32."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
+            return super().forward(fp32(x))
 
 
 def hardware(device):

@@ -171,7 +171,7 @@ def train_step(nets, opts, x, y, config, before):
 
     # Reconstruction
     with shared.products(config, x.device):
-        logits = P(torch.cat([Q(x), y], 1)).float()
+        logits = shared.fp32(P(torch.cat([Q(x), y], 1)))
     loss_rec = L_rec(logits, x, config.loss)
     nets.zero_grad()
     loss_rec.backward()

@@ -104,7 +104,7 @@ def build(config, X, K):
 
 def code(Q, x, config):
     """y (B, K), z (B, Z): class probabilities and style."""
-    y, z = Q(x).float().tensor_split([-config.latent_dim], 1)
+    y, z = shared.fp32(Q(x)).tensor_split([-config.latent_dim], 1)
     return y.softmax(1), z
 
 
@@ -125,7 +125,7 @@ def L_Q(D, c_fake):
 
 def L_sup(Q, x, k, config):
     """−log y_k, mean over the batch x (B, X) of classes k (B,)."""
-    logits, _ = Q(x).float().tensor_split([-config.latent_dim], 1)
+    logits, _ = shared.fp32(Q(x)).tensor_split([-config.latent_dim], 1)
     return cross_entropy(logits, k)
 
 
@@ -136,7 +136,7 @@ def train_step(nets, opts, x, labelled, config):
 
     # Reconstruction
     with shared.products(config, x.device):
-        logits = P(torch.cat(code(Q, x, config), 1)).float()
+        logits = shared.fp32(P(torch.cat(code(Q, x, config), 1)))
     loss_rec = L_rec(logits, x)
     opts["P"].zero_grad()
     opts["Q_rec"].zero_grad()

@@ -89,7 +89,7 @@ class Heads(nn.Module):
         self.log_var = nn.Linear(H, Z)
 
     def forward(self, h):
-        return self.mu(h).float(), self.log_var(h).float()
+        return shared.fp32(self.mu(h)), shared.fp32(self.log_var(h))
 
 
 def build(config, C):
@@ -135,7 +135,7 @@ def L_prior(mu, log_var, reduction):
 
 def L_llike(f, f_rec, reduction):
     """−log N(f; f_rec, I) = ½ Σ (f − f_rec)², up to a constant; or the mean of the squares."""
-    error = (f.float() - f_rec.float()).square()
+    error = (shared.fp32(f) - shared.fp32(f_rec)).square()
     return error.mean() if reduction == "mean" else 0.5 * error.sum()
 
 
@@ -150,9 +150,9 @@ def discriminate(Dis, images, config):
     """Features Dis_l and logits of each of x, x̃, x_p, one by one (R) or joined (L)."""
     if config.preset == "lucabergamini":
         features = Dis[0](torch.cat(images))
-        return features.chunk(3), Dis[1](features).float().chunk(3)
+        return features.chunk(3), shared.fp32(Dis[1](features)).chunk(3)
     features = [Dis[0](part) for part in images]
-    return features, [Dis[1](part).float() for part in features]
+    return features, [shared.fp32(Dis[1](part)) for part in features]
 
 
 def who_trains(terms, config):

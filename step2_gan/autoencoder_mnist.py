@@ -85,12 +85,12 @@ def train_step(nets, optimizer, x, config):
         x_noisy = x + config.noise * torch.randn_like(x)
     kl = torch.zeros((), device=x.device)
     with shared.products(config, x.device):
-        code = nets["E"](x_noisy).float()
+        code = shared.fp32(nets["E"](x_noisy))
         if config.loss == "vae":
             mu, log_var = code.chunk(2, 1)  # (B, Z) each
             code = mu + (log_var / 2).exp() * torch.randn_like(mu)
             kl = KL(mu, log_var).mean()
-        out = nets["G"](code).float()
+        out = shared.fp32(nets["G"](code))
     rec = L_rec(out, x, config.loss)
 
     optimizer.zero_grad()

@@ -115,8 +115,10 @@ def train_step(nets, opt_D, opt_EG, x, config):
     G, E, D = nets["G"], nets["E"], nets["D"]
     z = torch.rand(len(x), config.latent_dim, device=x.device) * 2 - 1
     with shared.products(config, x.device):
-        real = D(x, to_code(E(x))).float()  # (B, 1); two calls: each has its own batch statistics
-        fake = D(G(z), z).float()
+        real = shared.fp32(
+            D(x, to_code(E(x)))
+        )  # (B, 1); two calls: each has its own batch statistics
+        fake = shared.fp32(D(G(z), z))
     loss_D = L_D(real, fake)
     loss_EG = L_EG(real, fake)
 

@@ -113,8 +113,8 @@ def gradient_penalty(D, x, x_fake, epsilon):
 def L_D(D, x, x_fake, config):
     """D's loss and its penalty, mean over the batch; x, x_fake (B, X)."""
     x = x.detach().requires_grad_(config.loss == "r1")
-    real = D(x).float()  # (B, 1)
-    fake = D(x_fake).float()
+    real = shared.fp32(D(x))  # (B, 1)
+    fake = shared.fp32(D(x_fake))
     if config.loss == "wgan_gp":
         epsilon = torch.rand(len(x), 1, device=x.device)
         penalty = config.gamma * gradient_penalty(D, x, x_fake, epsilon)
@@ -148,7 +148,7 @@ def train_step(nets, opt_D, opt_G, x, config):
 
     z = torch.randn(len(x) // config.critic_steps, config.latent_dim, device=x.device)
     with shared.products(config, x.device):
-        loss_G = L_G(D(G(z)).float(), config.loss)
+        loss_G = L_G(shared.fp32(D(G(z))), config.loss)
     opt_G.zero_grad()
     loss_G.backward(inputs=list(G.parameters()))
     opt_G.step()

@@ -119,12 +119,12 @@ def train_step(nets, opt_D, opt_G, opt_E, x, config):
     z = torch.rand(len(x), config.latent_dim, device=x.device) * 2 - 1
     with shared.products(config, x.device):
         x_fake = G(z)
-        real = D(x).float()  # (B, 1); two calls: each has its own batch statistics
-        fake = D(x_fake).float()
+        real = shared.fp32(D(x))  # (B, 1); two calls: each has its own batch statistics
+        fake = shared.fp32(D(x_fake))
         x_seen = x_fake.detach()
         if config.joint:  # a quarter of the gradient reaches G (train_mnist.sh)
             x_seen = x_seen + 0.25 * (x_fake - x_seen)
-        z_rec = E(x_seen).float()  # (B, Z), logits
+        z_rec = shared.fp32(E(x_seen))  # (B, Z), logits
     loss_D = L_adv_D(real, fake)
     loss_G = L_adv_G(fake)
     loss_E = L_err_E(z_rec, z)

@@ -162,7 +162,7 @@ def lr_run():
 def test_metrics_are_of_each_ways_own_nets(monkeypatch):
     data = toy_data(name="mnist", size=784)
     nets, _ = lr.start(lr.Config(), 784, "cpu")
-    monkeypatch.setattr(shared, "fid", lambda real, fake: fake.mean().item())
+    monkeypatch.setattr(shared.lenet, "fid", lambda real, fake: fake.mean().item())
     with torch.no_grad():
         for i, way in enumerate(lr.WAYS):
             for p in nets[way]["G"].parameters():
