@@ -76,7 +76,7 @@ def summaries(folder):
 
 def collect(run):
     """Copies a finished run's summary, metrics.csv and table.md to results/<experiment>/<run>.*."""
-    if not finished(run):
+    if not (run / "summary.json").exists() or not finished(run):
         fail(f"{run} is not the folder of a finished run")
     summary = json.loads((run / "summary.json").read_text())
     target = ROOT / "results" / summary["experiment"] / f"{summary['run']}.json"
