@@ -14,59 +14,32 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "step3_official_alae"))
-from shared import ROOT, fail, write_file
+from shared import ROOT, fail
 
 import paper_table
 import table
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-ABLATION = {  # presets of linear_alae.py, and what they change
-    "recipe": "recipe",
-    "critic-linear": "critic: linear",
-    "critic-mlp": "critic: MLP",
-    "no-decay": "no decay on G",
-    "decay-quarter": "decay / 4",
-    "decay-times-4": "decay × 4",
-    "unscaled": "x not scaled",
-    "mapping-linear": "F learned",
-    "gamma-0": "γ = 0",
-    "gamma-10": "γ = 10",
-    "penalty-unit": "γ = 10, (‖∇‖ − 1)²",
-    "tangent": "tangent of softplus",
-    "lr-critic-times-4": "lr of D × 4",
-    "lr-constant": "lr constant",
-    "init-pytorch": "G from PyTorch's init",
-    "adams-paper": "Adams as in the paper",
-}
-LOSSES = {  # presets of gan_mnist.py
-    "minimax": "minimax",
-    "non-saturating": "non-saturating",
-    "non-saturating-spectral": "non-saturating, spectral norm",
-    "r1": "R1",
-    "wgan-gp": "WGAN-GP",
-}
 
-
-def study(folder, experiment, sweep, combined, labels):
-    """{preset's label: {seed: {metric: value}}} of a sweep's runs, else of the run that had all."""
+def study(folder, experiment, sweep, combined):
+    """{setting: {seed: {metric: value}}} of a sweep's runs, else of the one run that had all."""
     found = [s for s in table.summaries(folder) if s["experiment"] == experiment]
-    seeds = {label: {} for label in labels.values()}
-    for s in found:
-        preset = s["run"].removeprefix(f"{sweep}-").rsplit("-seed", 1)[0]
-        if s["run"].startswith(f"{sweep}-") and preset in labels:
-            metrics = {key.split("/")[1]: value for key, value in s.items() if "/" in key}
-            seeds[labels[preset]][s["seed"]] = metrics
-    if any(seeds.values()):
-        return seeds
-    for s in found:
-        if s["run"] == combined:
-            for key in [key for key in s if "/" in key and not key.startswith("perf/")]:
-                label, seed, metric = re.fullmatch("(.*), seed ([0-9]+)/(.*)", key).groups()
-                seeds[label].setdefault(int(seed), {})[metric] = s[key]
-    if not any(seeds.values()):
+    runs = [s for s in found if re.match(f"{sweep}-.*-seed[0-9]", s["run"])]
+    if not runs:
+        runs = [s for s in found if s["run"] == combined]
+    if not runs:
         fail(f"no finished run {sweep}-… below {folder}: run the sweep")
-    return seeds
+    settings = {}
+    for run in runs:
+        for key, value in run.items():
+            section, _, metric = key.rpartition("/")
+            label, _, seed = section.rpartition(", seed ")
+            if section in ("eval", "train"):
+                label, _, seed = run["run"].removeprefix(f"{sweep}-").rpartition("-seed")
+            if label:
+                settings.setdefault(label, {}).setdefault(int(seed), {})[metric] = value
+    return settings
 
 
 def dots(axes, found, value, xlabel, colored=False):
@@ -84,11 +57,10 @@ def dots(axes, found, value, xlabel, colored=False):
 
 def linear_ablation(folder):
     """What each ingredient of linear ALAE's recipe is for: step1_linear/sweeps/ablation.yaml."""
-    found = study(folder, "linear_alae", "ablation", "ablation-val-k10", ABLATION)
+    found = study(folder, "linear_alae", "ablation", "ablation-val-k10")
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(
-        title="Linear ALAE on MNIST (val), k = 10: one thing changed at a time"
-    )
+    title = "Linear ALAE on MNIST (val), k = 10: one thing changed at a time"
+    axes = figure.add_subplot(title=title)
     xlabel = "MSE of held-out images / PCA's − 1, at least 0.0001, for each seed"
     dots(axes, found, lambda run: max(run["ratio_test"] - 1, 1e-4), xlabel)
     return figure
@@ -96,18 +68,13 @@ def linear_ablation(folder):
 
 def gan_losses(folder):
     """A GAN with each loss, at the end: step2_gan/sweeps/gan_losses.yaml."""
-    found = study(folder, "gan_mnist", "gan_losses", "compare", LOSSES)
+    found = study(folder, "gan_mnist", "gan_losses", "compare")
     figure = Figure(figsize=(14, 3.4), layout="constrained")
     panels = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.5])
     dots(panels[0], found, lambda run: run["fid"], "LeNet-FID", colored=True)
     dots(panels[1], found, lambda run: run["grad_norm_G"], "norm of G's gradient", colored=True)
-    dots(
-        panels[2],
-        found,
-        lambda run: run["digit_kl"],
-        "KL of the digits to the data's",
-        colored=True,
-    )
+    xlabel = "KL of the digits to the data's"
+    dots(panels[2], found, lambda run: run["digit_kl"], xlabel, colored=True)
     for axes in panels[:3]:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_major_formatter("{x:g}")
@@ -119,9 +86,8 @@ def gan_losses(folder):
             panels[3].plot(shares, ".-" if seed == 0 else ".--", color=f"C{i}")
     panels[3].set(xticks=range(10), xlabel="digit, by LeNet", ylabel="% of the samples")
     panels[3].grid(alpha=0.3)
-    figure.suptitle(
-        "A GAN with different losses: MNIST (dw), 5 epochs, learning rate 0.001, two seeds"
-    )
+    title = "A GAN with different losses: MNIST (dw), 5 epochs, learning rate 0.001, two seeds"
+    figure.suptitle(title)
     return figure
 
 
@@ -132,8 +98,8 @@ def clean(folder):
     panels = figure.subplots(1, 3)
     for axes, metric in zip(panels, ("recon_mse", "identity", "fid"), strict=True):
         for label, points in lines.items():
-            epochs = [epoch for epoch, row in points.items() if epoch and f"eval/{metric}" in row]
-            values = [points[epoch][f"eval/{metric}"] for epoch in epochs]
+            epochs = [epoch for epoch, row in points.items() if epoch and metric in row]
+            values = [points[epoch][metric] for epoch in epochs]
             axes.plot(epochs, values, "o-", markersize=4, label=label)
         axes.set(xscale="log", yscale="linear" if metric == "identity" else "log")
         axes.set(xlabel="epoch", ylabel=table.NAMES[metric])
@@ -146,28 +112,27 @@ def clean(folder):
 
 def table1(folder):
     """Our accuracies and those of table 1 of the paper."""
-    found = paper_table.select(paper_table.gather(folder), paper_table.METHODS)
+    groups = paper_table.gather(folder)
+    methods = [key for key, (paper, _) in paper_table.METHODS.items() if paper]
+    longest = max(max(groups[key], default=0) for key in methods)
     figure = Figure(figsize=(11, 5.4), layout="constrained")
-    longest = max(max(lengths, default=0) for lengths in found.values())
     for i, axes in enumerate(figure.subplots(2, 4, sharey=True).flat):
         length = ("short", "long")[i // 4]
         kind, split = paper_table.COLUMNS[i % 4]
-        for y, (key, lengths) in enumerate(found.items()):
+        for y, key in enumerate(methods):
             paper = paper_table.PAPER[paper_table.METHODS[key][0]]
             axes.plot(paper[i // 4][i % 4], y, "k|", markersize=14)
-            for epochs, splits in lengths.items():
-                runs = splits.get(split, {}).values()
-                values = [run[f"eval/{kind}_acc_{length}"] for run in runs]
+            for epochs, splits in groups[key].items():
+                values = [run[f"{kind}_acc_{length}"] for run in splits.get(split, {}).values()]
                 style = {"mfc": "none", "color": "C0", "markersize": 3 + 5 * epochs / longest}
                 axes.plot(values, [y for _ in values], "o", **style)
-        axes.set_yticks(range(len(found)), [label for _, label in paper_table.METHODS.values()])
+        axes.set_yticks(range(len(methods)), [paper_table.METHODS[key][1] for key in methods])
         axes.set_title(f"{paper_table.CLASSIFIERS[kind]}, {length}, {split.upper()}")
         axes.set_xlabel("accuracy, %")
         axes.grid(alpha=0.3)
     axes.invert_yaxis()
-    figure.suptitle(
-        "Table 1 of the paper (bars) and our runs (circles; the larger, the more epochs)"
-    )
+    title = "Table 1 of the paper (bars) and our runs (circles; the larger, the more epochs)"
+    figure.suptitle(title)
     return figure
 
 
@@ -179,15 +144,6 @@ FIGURES = {
 }
 
 
-def main(name, folder):
-    make, home = FIGURES[name]
-    path = (folder or ROOT / home) / f"{name}.png"
-    figure = make(folder or ROOT / "results")
-    how = {"format": "png", "dpi": 130, "bbox_inches": "tight"}
-    write_file(path, lambda temporary: figure.savefig(temporary, **how))
-    print(path)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -196,4 +152,8 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=Path, help="a folder of runs (default: results)")
     options = parser.parse_args()
     for name in options.names:
-        main(name, options.runs)
+        make, home = FIGURES[name]
+        path = (options.runs or ROOT / home) / f"{name}.png"
+        figure = make(options.runs or ROOT / "results")
+        figure.savefig(path, dpi=130, bbox_inches="tight")
+        print(path)

@@ -10,8 +10,6 @@ skipped and what was stopped goes on, so this may be stopped, and started again,
 """
 
 import argparse
-import fcntl
-import importlib
 import itertools
 import json
 import os
@@ -20,28 +18,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import shared
 from shared import ROOT, fail
 
 from wandb.sdk.launch.sweeps import utils
 
-
-class Job(NamedTuple):
-    folder: Path
-    program: list  # the command up to the program's file
-    arguments: list  # those of the sweep file
-    more: list
-    data: tuple
-
-
-def word(name, value):
-    """What a run's name says of a parameter: of seed 0 'seed0', of text the text."""
-    return value.replace("/", "-") if isinstance(value, str) else f"{name}{value}"
+RUNNING = []  # processes; some have ended
 
 
 def expand(path):
@@ -50,112 +35,71 @@ def expand(path):
     if not sweep or sweep.get("method") != "grid":
         fail(f"{path}: not a sweep file with 'method: grid'")
     parameters = sweep["parameters"]
-    choices = {name: p.get("values", [p.get("value")]) for name, p in parameters.items()}
+    choices = [p.get("values", [p.get("value")]) for p in parameters.values()]
     macros = {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [sweep["program"]]}
     commands = {}
-    for values in itertools.product(*choices.values()):
-        chosen = dict(zip(choices, values, strict=True))
-        args = {name: {"value": value} for name, value in chosen.items()}
+    for values in itertools.product(*choices):
+        words, args = [Path(path).stem], {}
+        for name, value in zip(parameters, values, strict=True):
+            args[name] = {"value": value}
+            if "values" in parameters[name]:
+                words.append(value if isinstance(value, str) else f"{name}{value}")
         macros |= utils.create_sweep_command_args({"args": args})
         command = []
         for part in utils.create_sweep_command(sweep.get("command")):
             command += macros[part[2:-1]] if part.startswith("${") else [part]
-        words = [word(name, chosen[name]) for name in chosen if "values" in parameters[name]]
-        commands["-".join([Path(path).stem, *words])] = command
+        commands["-".join(words).replace("/", "-")] = command
     return commands
 
 
-def read_job(name, command, options):
-    """The Job of a command, whose options must be good ones."""
-    place = next(i for i, part in enumerate(command) if part.endswith(".py"))
-    program, arguments = command[: place + 1], command[place + 1 :]
-    path = ROOT / program[-1]
-    sys.path.insert(0, str(path.parent))
-    module = importlib.import_module(path.stem)
-    presets = getattr(module, "PRESETS", None)
-    config = shared.parse_config(module.Config, presets, arguments + options.more)
-    out_dir = os.path.relpath(options.out_dir, ROOT)
-    more = [*options.more, "--out-dir", out_dir, "--run-name", name]
-    folder = options.out_dir.absolute() / path.stem / name
-    return Job(folder, program, arguments, more, (config.dataset, config.data_dir))
-
-
-def is_done(job):
-    """Whether the run has ended well. Stops if the folder is of another command."""
-    try:
-        summary = json.loads((job.folder / "summary.json").read_text())
-    except (OSError, ValueError):
-        return False
-    if not set(job.arguments) <= set(shlex.split(summary["commands"][0])):
-        fail(f"{job.folder} is of another command: {summary['commands'][0]}")
-    return summary["status"] == "done"
-
-
-def start(job, workers):
-    """The process that trains a job or goes on with it, and locks its log so long; None if done."""
-    checkpoint, command = job.folder / "checkpoint.pt", job.program + job.arguments + job.more
-    job.folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{job.folder}.log", "a") as log:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: another sweep is at it
-        if is_done(job):
-            return None
-        if checkpoint.exists():
-            command = [*job.program, "--resume", str(checkpoint)]
-        else:
-            shutil.rmtree(job.folder, ignore_errors=True)  # stopped before its first epoch was over
-        print(f"{job.folder.name} {'goes on' if '--resume' in command else 'starts'}", flush=True)
-        env = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // workers))} | os.environ
-        env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"  # python: this one
-        how = {"cwd": ROOT, "env": env, "stdout": log, "stderr": log, "start_new_session": True}
-        return subprocess.Popen(command, **how)
-
-
-def run_all(jobs, workers):
-    """Trains the jobs, so many at a time; returns how many failed."""
-    waiting, running, failed = list(jobs), {}, 0
-
-    def stop(*_):
-        for process in running:
-            process.send_signal(signal.SIGINT)
-        for process in running:
-            process.wait()
-        fail("stopped; the same command goes on", 130)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    while waiting or running:
-        if waiting and len(running) < workers:
-            job = waiting.pop(0)
-            try:
-                process = start(job, workers)
-                if process is not None:
-                    running[process] = job
-            except BlockingIOError:
-                waiting.append(job)
-        time.sleep(0.1)
-        for process in [process for process in running if process.poll() is not None]:
-            job = running.pop(process)
-            last = Path(f"{job.folder}.log").read_text().splitlines()[-1:]
-            failed += process.returncode != 0
-            print(f"{job.folder.name} ended with code {process.returncode}: {''.join(last)}")
-    return failed
+def train(folder, command):
+    """Trains a run, or goes on with it; returns its exit code. Its words go to a log."""
+    checkpoint = folder / "checkpoint.pt"
+    if checkpoint.exists():
+        program = itertools.takewhile(lambda word: not word.startswith("--"), command)
+        command = [*program, "--resume", str(checkpoint)]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # stopped before its first epoch was over
+    print(f"{folder.name} {'goes on' if '--resume' in command else 'starts'}", flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "a+") as log:
+        how = {"cwd": ROOT, "stdout": log, "stderr": log, "start_new_session": True}
+        process = subprocess.Popen(command, **how)
+        RUNNING.append(process)
+        code = process.wait()
+        log.seek(0)
+        last = log.read().splitlines()[-1:]
+    print(f"{folder.name} ended with code {code}: {''.join(last)}", flush=True)
+    return code
 
 
 def main(options):
     if options.workers < 1:
         fail(f"--workers {options.workers}: must be at least 1")
-    jobs = []
+    out_dir = os.path.relpath(options.out_dir, ROOT)
+    todo = {}
     for path in options.files:
-        jobs += [read_job(name, command, options) for name, command in expand(path).items()]
-    todo = [job for job in jobs if not is_done(job)]
-    print(f"{len(jobs)} runs, {len(todo)} to do", flush=True)
+        for name, command in expand(path).items():
+            program = next(word for word in command if word.endswith(".py"))
+            folder = options.out_dir.absolute() / Path(program).stem / name
+            summary = folder / "summary.json"
+            if not summary.exists() or json.loads(summary.read_text())["status"] != "done":
+                todo[folder] = [*command, *options.more, "--out-dir", out_dir, "--run-name", name]
+    print(f"{len(todo)} runs to do", flush=True)
     if options.dry:
-        print(*(shlex.join(job.program + job.arguments + job.more) for job in todo), sep="\n")
+        print("\n".join(shlex.join(command) for command in todo.values()))
         return
-    for dataset, data_dir in {job.data for job in todo}:
-        if dataset in shared.DATASETS:  # unpacked here: two first runs would disturb each other
-            shared.load_archives(dataset, data_dir)
-    failed = run_all(todo, options.workers)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // options.workers)))
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # python
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    with ThreadPoolExecutor(options.workers) as pool:
+        try:
+            codes = list(pool.map(train, todo, todo.values()))
+        except KeyboardInterrupt:  # what waits is given up; each run saves a checkpoint
+            for process in RUNNING:
+                process.send_signal(signal.SIGINT)
+            fail("stopped; the same command goes on", 130)
+    failed = sum(code != 0 for code in codes)
     if failed:
         fail(f"{failed} of {len(todo)} runs failed", 1)
 

@@ -20,7 +20,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import ROOT, fail, write_file
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "step3_official_alae"))
+from shared import ROOT, fail
+
+from paper_table import finished, markdown, mean_std
 
 NAMES = {  # of metrics, in the order of columns
     "recon_mse": "test MSE",
@@ -55,26 +58,15 @@ NAMES = {  # of metrics, in the order of columns
 }
 LINEAR = "linear_autoencoder", "linear_alae", "linear_latent_regressor"
 NONLINEAR = "autoencoder_mnist", "latent_regressor_mnist", "bigan_mnist", "alae_mnist"
-TOGETHER = {  # several experiments in one table
-    "Linear autoencoders": LINEAR,
-    "Autoencoders, E 784-1024-1024-50 and G 50-1024-1024-784": (*NONLINEAR, "train_fc_alae"),
-}
-LEFT_OUT = r"L_.*|digit_\d|val_mse_.*|ms_per_step"  # details, in the files
-
-
-def read(path):
-    """A run's summary; exit 2 unless the file is one."""
-    try:
-        summary = json.loads(path.read_text())
-        return {key: summary[key] for key in ("experiment", "run", "status", "commands")} | summary
-    except (OSError, ValueError, KeyError, TypeError):
-        fail(f"{path} is not the summary of a run")
+KINDS = dict.fromkeys(LINEAR, "Linear autoencoders")  # several experiments in one table
+WIDTHS = "Autoencoders, E 784-1024-1024-50 and G 50-1024-1024-784"
+KINDS |= dict.fromkeys((*NONLINEAR, "train_fc_alae"), WIDTHS)
+LEFT_OUT = r"train|perf|.*/(L_.*|digit_\d|val_mse_.*|ms_per_step)$"  # details, in the files
 
 
 def summaries(folder):
     """Those of the finished runs below a folder, or of the collected ones in one like results/."""
-    paths = sorted(folder.rglob("summary.json")) or sorted(folder.rglob("*.json"))
-    found = [summary for summary in map(read, paths) if summary["status"] == "done"]
+    found = finished(folder)
     for summary in found:
         evaluated = re.search(r"--eval[= ](\S+)", summary["commands"][-1])
         if evaluated:  # no training of its own
@@ -84,14 +76,12 @@ def summaries(folder):
 
 def collect(run):
     """Copies a finished run's summary, metrics.csv and table.md to results/<experiment>/<run>.*."""
-    summary = read(run / "summary.json")
-    if summary["status"] != "done":
-        fail(f"{run}: not finished, but {summary['status']}")
+    if not (run / "summary.json").exists() or not finished(run):
+        fail(f"{run} is not the folder of a finished run")
+    summary = json.loads((run / "summary.json").read_text())
     target = ROOT / "results" / summary["experiment"] / f"{summary['run']}.json"
-    if target.exists():
-        old = read(target)
-        if old != summary and old.get("id", "") != summary.get("id"):
-            fail(f"{target} is of another run of that name: delete it first, if it should go")
+    if target.exists() and json.loads(target.read_text())["commands"][0] != summary["commands"][0]:
+        fail(f"{target} is of another run of that name: delete it first, if it should go")
     target.parent.mkdir(parents=True, exist_ok=True)
     for name in ("summary.json", "metrics.csv", "table.md"):
         if (run / name).exists():
@@ -101,16 +91,6 @@ def collect(run):
 
 def length(summary):
     return f"{summary['epochs']} epochs" if "epochs" in summary else f"{summary['steps']} steps"
-
-
-def kind_of(summary):
-    """The table to which a summary belongs."""
-    if summary["setting"].startswith("sweep "):  # many runs in one summary
-        return f"{summary['experiment']}: {summary['run']}"
-    for kind, members in TOGETHER.items():
-        if summary["experiment"] in members:
-            return kind
-    return summary["experiment"]
 
 
 def group(found):
@@ -129,42 +109,27 @@ def cell(metric, values):
         digits = ".2f"
     elif metric == "steps":
         digits = ".0f"
-    text = f"{statistics.fmean(values):{digits}}"
-    if len(values) > 1:
-        text += f" ± {statistics.stdev(values):{digits}}"
-    return text
-
-
-def rows_of(runs):
-    """{row: {metric: values}} of runs of one setting: eval, and what else their keys begin with."""
-    rows = {}
-    for summary in runs:
-        for key, value in summary.items():
-            row, _, metric = key.rpartition("/")
-            shown = row and not row.startswith(("train", "perf"))
-            if shown and not re.fullmatch(LEFT_OUT, metric):
-                rows.setdefault(row, {}).setdefault(metric, []).append(value)
-    return dict(sorted(rows.items(), key=lambda item: item[0] != "eval"))
-
-
-def markdown(lines):
-    """A table of lines, lists of cells, the first of which is its head."""
-    lines = [lines[0], ["---" for _ in lines[0]], *lines[1:]]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return mean_std(values, digits)
 
 
 def lines_of(runs, several):
-    """[(row's head, {metric: cell})] of runs of one setting."""
+    """[(row's head, {metric: cell})] of runs of one setting: eval, and what else they measured."""
+    values = {"eval": {}}
+    for run in runs:
+        for key in run:
+            row, _, metric = key.rpartition("/")
+            if row and not re.match(LEFT_OUT, key):
+                values.setdefault(row, {}).setdefault(metric, []).append(run[key])
     s, lines = runs[0], []
     label = f"{s['experiment'] if several else ''}, {s['setting']}".strip(", ") or "default"
-    before = {"pixels": "raw pixels", "untrained": f"untrained encoder of {s['experiment']}"}
-    for row, values in rows_of(runs).items():
-        n = max(len(numbers) for numbers in values.values())
-        cells = {metric: cell(metric, numbers) for metric, numbers in values.items()}
-        head = [label if row == "eval" else row, length(s), f"{s['dataset']} {s['split']}", str(n)]
-        if row in before:
-            head[:2] = before[row], "0 epochs"
-        if not any(cells.items() <= other.items() for _, other in lines):  # nothing new
+    names = {"eval": label, "pixels": "raw pixels"}
+    names["untrained"] = f"untrained encoder of {s['experiment']}"
+    for row, metrics in values.items():
+        cells = {metric: cell(metric, numbers) for metric, numbers in metrics.items()}
+        if metrics and not any(cells.items() <= other.items() for _, other in lines):  # new
+            duration = "0 epochs" if row in ("pixels", "untrained") else length(s)
+            n = max(len(numbers) for numbers in metrics.values())
+            head = [names.get(row, row), duration, f"{s['dataset']} {s['split']}", str(n)]
             lines.append((head, cells))
     return lines
 
@@ -172,14 +137,13 @@ def lines_of(runs, several):
 def table(found, metrics=None):
     """Markdown: a line for each setting, and for what else its runs measured; or chosen metrics."""
     several = len({s["experiment"] for s in found}) > 1
-    rows = []
+    rows, measured = [], {}
     for runs in group(found):
-        lines = lines_of(runs, several)
-        rows += [line for line in lines[: 1 if metrics else None] if line not in rows]
-    columns = dict.fromkeys(metrics or NAMES)
-    for _, cells in rows:
-        columns |= dict.fromkeys([] if metrics else cells)
-    columns = [name for name in columns if any(name in cells for _, cells in rows)]
+        for line in lines_of(runs, several)[: 1 if metrics else None]:
+            if line not in rows:
+                rows.append(line)
+                measured |= line[1]
+    columns = [name for name in metrics or NAMES | measured if name in measured]
     lines = [["run", "length", "data", "seeds", *(NAMES.get(name, name) for name in columns)]]
     for head, cells in rows:
         lines.append([*head, *(cells.get(name, "") for name in columns)])
@@ -201,9 +165,14 @@ def commands(found):
 
 def tables(found):
     """Of every kind of runs the table and the commands."""
+    kinds = {}
+    for s in found:
+        kind = KINDS.get(s["experiment"], s["experiment"])
+        if s["setting"].startswith("sweep "):  # many runs in one summary
+            kind = f"{s['experiment']}: {s['run']}"
+        kinds.setdefault(kind, []).append(s)
     text = ""
-    for kind in sorted({kind_of(s) for s in found}):
-        runs = [s for s in found if kind_of(s) == kind]
+    for kind, runs in sorted(kinds.items()):
         text += f"\n## {kind}\n\n{table(runs)}\n{commands(runs)}"
     return text
 
@@ -215,13 +184,14 @@ def renew(text):
     def content(marker):
         name = marker[2]
         if name == "all runs":
-            return marker[1] + tables(every) + "\n" + marker[3]
-        if "|" not in name:
-            return marker[1] + (ROOT / f"results/paper_table/{name}.md").read_text() + marker[3]
-        experiments, data, metrics = (part.split() for part in name.split("|"))
-        found = [s for s in every if s["experiment"] in experiments]
-        found = [s for s in found if [s["dataset"], s["split"]] == data]
-        return marker[1] + table(found, metrics) + marker[3]
+            text = f"{tables(every)}\n"
+        elif "|" in name:
+            experiments, data, metrics = (part.split() for part in name.split("|"))
+            found = [s for s in every if s["experiment"] in experiments]
+            text = table([s for s in found if [s["dataset"], s["split"]] == data], metrics)
+        else:
+            text = (ROOT / f"results/paper_table/{name}.md").read_text()
+        return marker[1] + text + marker[3]
 
     return re.sub(r"(<!-- table: (.+?) -->\n).*?(<!-- /table -->)", content, text, flags=re.DOTALL)
 
@@ -244,7 +214,7 @@ if __name__ == "__main__":
         collect(run)
     if options.readme:
         for path, text in readmes().items():
-            write_file(path, lambda temporary, text=text: temporary.write_text(text))
+            path.write_text(text)
     elif not options.collect:
         found = summaries(options.folder)
         print(tables(found) if found else f"no finished run in {options.folder}")

@@ -26,15 +26,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shared
 
-METHODS = {  # (experiment, setting): (the paper's row, ours)
-    ("autoencoder_mnist", "loss l1"): ("AE(l1)", "AE(l1)"),
-    ("autoencoder_mnist", ""): ("AE(l2)", "AE(l2)"),
-    ("latent_regressor_mnist", ""): ("LR", "LR"),
-    ("latent_regressor_mnist", "joint True"): ("JLR", "JLR"),
-    ("bigan_mnist", ""): ("BiGAN", "BiGAN"),
-    ("train_fc_alae", ""): ("ALAE", "ALAE, official setting"),
-    ("alae_mnist", ""): ("ALAE", "ALAE, from the paper's text"),
-    ("train_fc_alae", "preset fast"): ("ALAE", "ALAE, preset fast"),
+METHODS = {  # (experiment, setting, what was measured): (the paper's row, ours)
+    ("autoencoder_mnist", "loss l1", "eval"): ("AE(l1)", "AE(l1)"),
+    ("autoencoder_mnist", "", "eval"): ("AE(l2)", "AE(l2)"),
+    ("latent_regressor_mnist", "", "eval"): ("LR", "LR"),
+    ("latent_regressor_mnist", "joint True", "eval"): ("JLR", "JLR"),
+    ("bigan_mnist", "", "eval"): ("BiGAN", "BiGAN"),
+    ("train_fc_alae", "", "eval"): ("ALAE", "ALAE, official setting"),
+    ("alae_mnist", "", "eval"): ("ALAE", "ALAE, from the paper's text"),
+    ("train_fc_alae", "preset fast", "eval"): ("ALAE", "ALAE, preset fast"),
+    ("train_fc_alae", "", "pixels"): ("", "raw pixels"),
+    ("train_fc_alae", "", "untrained"): ("", "untrained encoder of ALAE"),
 }
 COLUMNS = ("knn", "sw"), ("svm", "sw"), ("knn", "dw"), ("svm", "dw")
 CLASSIFIERS = {"knn": "1-NN", "svm": "SVM"}
@@ -46,207 +48,169 @@ PAPER = {  # short and long features, of each of the COLUMNS
     "BiGAN": ((95.83, 90.52, 95.38, 91.34), (97.14, 97.59, 96.81, 97.74)),
     "ALAE": ((93.79, 93.47, 94.59, 94.23), (97.61, 98.20, 97.47, 98.64)),
 }
-IMAGES = {"recon_mse": 4, "identity": 1, "fid": 1}  # digits
-UNDRAWN = "AE(l1)", "LR", "JLR"  # in clean.md
-REFERENCES = {"pixels": "raw pixels", "untrained": "untrained encoder of ALAE"}
-MEASURES = {
-    "recon_mse": "test MSE",
-    "identity": "identity %",
-    "fid": "LeNet-FID",
-    "knn_acc_short": "1-NN short",
-    "knn_acc_long": "1-NN long",
-    "svm_acc_short": "SVM short",
-    "svm_acc_long": "SVM long",
-}
+IMAGES = {"recon_mse": ("test MSE", 4), "identity": ("identity %", 1), "fid": ("LeNet-FID", 1)}
+DRAWN = "AE(l2)", "BiGAN", "ALAE"  # in clean.md
+EPOCHS = 5, 10, 20, 25, 40, 50, 60, 80, 100, 200, 400, 600
 
 
-def gather(folder):
-    """Summaries of the finished runs on MNIST below a folder of runs, or kept in one like results/,
-    each with the path of its metrics along the training."""
+def finished(folder):
+    """Summaries of the finished runs below a folder, or of those kept in one like results/, each
+    with the path of its metrics along the training."""
     found = []
     for path in sorted(folder.rglob("summary.json")) or sorted(folder.rglob("*.json")):
         summary = json.loads(path.read_text())
-        rows = path.with_suffix(".csv")
-        if path.name == "summary.json":
-            rows = path.with_name("metrics.csv")
-        if summary["status"] == "done" and summary["dataset"] == "mnist":
-            found.append(summary | {"rows": rows})
+        name = "metrics.csv" if path.name == "summary.json" else f"{path.stem}.csv"
+        if summary.get("status") == "done":
+            found.append(summary | {"rows": path.with_name(name)})
     return found
 
 
-def select(found, keys):
-    """{key: {epochs: {split: {seed: run}}}} of the runs whose (experiment, setting) is in keys."""
-    groups = {key: {} for key in keys}
-    for run in sorted(
-        found, key=lambda run: "--eval " in run["commands"][-1]
-    ):  # last, so as not to
-        key = run["experiment"], run["setting"]  # count twice what was only evaluated once more
-        if key in groups:
-            splits = groups[key].setdefault(run["epochs"], {})
-            splits.setdefault(run["split"], {}).setdefault(run["seed"], run)
-    return {key: dict(sorted(lengths.items())) for key, lengths in groups.items()}
+def gather(folder):
+    """{(experiment, setting, section): {epochs: {split: {seed: metrics}}}} of the runs on MNIST."""
+    found = [run for run in finished(folder) if run["dataset"] == "mnist" and "epochs" in run]
+    # last, so as not to count twice, what was only evaluated once more
+    found.sort(key=lambda run: ("--eval " in run["commands"][-1], run["epochs"]))
+    groups = {key: {} for key in METHODS}
+    for run in found:
+        for section in ("eval", "pixels", "untrained"):
+            keys = [key for key in run if key.startswith(f"{section}/")]
+            metrics = {key.removeprefix(f"{section}/"): run[key] for key in keys}
+            if metrics:
+                lengths = groups.setdefault((run["experiment"], run["setting"], section), {})
+                splits = lengths.setdefault(run["epochs"] if section == "eval" else 0, {})
+                metrics["rows"] = run["rows"]
+                splits.setdefault(run["split"], {}).setdefault(run["seed"], metrics)
+    return groups
 
 
-def cell(runs, name, digits=2, spread=True):
-    """mean ± std over seeds; or the mean alone."""
-    values = [run[name] for run in runs.values() if name in run]
-    if not values:
-        return "–"
-    text = f"{statistics.fmean(values):.{digits}f}"
-    if spread and len(values) > 1:
-        text += f" ± {statistics.stdev(values):.{digits}f}"
+def mean_std(values, digits):
+    """mean ± standard deviation (n − 1)."""
+    text = f"{statistics.fmean(values):{digits}}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):{digits}}"
     return text
 
 
+def cell(runs, metric, digits=2):
+    """mean ± std over seeds; – if none has the metric."""
+    values = [metrics[metric] for metrics in runs.values() if metric in metrics]
+    return mean_std(values, f".{digits}f") if values else "–"
+
+
 def markdown(lines):
+    """A table of lines, lists of cells, the first of which is its head."""
     lines = [lines[0], ["---" for _ in lines[0]], *lines[1:]]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def table(found, length):
+def table(groups, length):
     """Ours below the paper's, in the paper's order; length: of features, short or long."""
-    names = [f"{CLASSIFIERS[kind]} {split.upper()}" for kind, split in COLUMNS]
-    lines = [["", "epochs", "seeds", *names]]
-
-    def add(label, epochs, splits, section):
-        seeds = [str(len(splits[split])) for split in ("sw", "dw") if split in splits]
-        keys = [(split, f"{section}/{kind}_acc_{length}") for kind, split in COLUMNS]
-        cells = [cell(splits.get(split, {}), key) for split, key in keys]
-        lines.append([label, str(epochs), ", ".join(seeds), *cells])
-
-    shown = set()
-    for key, lengths in select(found, METHODS).items():
-        paper, label = METHODS[key]
-        if paper not in shown:
+    lines = [["", "epochs", "seeds"]]
+    lines[0] += [f"{CLASSIFIERS[kind]} {split.upper()}" for kind, split in COLUMNS]
+    for key, (paper, label) in METHODS.items():
+        if paper:
             numbers = PAPER[paper][("short", "long").index(length)]
-            lines.append([f"**{paper}**, paper", "", "5", *(f"{n:.2f}" for n in numbers)])
-            shown.add(paper)
-        for epochs, splits in lengths.items():
-            if splits.keys() & {"sw", "dw"}:
-                add(label, epochs, splits, "eval")
-    for section, label in REFERENCES.items():
-        splits = references(found, section)
-        if splits and (section, length) != ("pixels", "long"):
-            add(label, 0, splits, section)
+            line = [f"**{paper}**, paper", "", "5", *(f"{number:.2f}" for number in numbers)]
+            if line not in lines:
+                lines.append(line)
+        for epochs, splits in groups[key].items():
+            seeds = [str(len(splits[split])) for split in ("sw", "dw") if split in splits]
+            cells = [cell(splits.get(split, {}), f"{kind}_acc_{length}") for kind, split in COLUMNS]
+            if set(cells) != {"–"}:
+                lines.append([label, str(epochs), ", ".join(seeds), *cells])
     return markdown(lines)
 
 
-def references(found, section):
-    """{split: {seed: run}} of the official ALAE's runs that measured raw pixels, or E untrained."""
-    splits = {}
-    for run in found:
-        official = run["experiment"] == "train_fc_alae" and run["setting"] == ""
-        if official and f"{section}/svm_acc_short" in run:
-            splits.setdefault(run["split"], {})[run["seed"]] = run
-    return splits
-
-
-def full_table(found):
+def full_table(groups):
     """table.md."""
-    head = "Accuracy in %, mean ± standard deviation over seeds (SW, DW)."
-    text = f"{head} Short features, E(x):\n\n{table(found, 'short')}\n"
-    return f"{text}Long features, the activations before E's last layer:\n\n{table(found, 'long')}"
+    text = "Accuracy in %, mean ± standard deviation over seeds (SW, DW). Short features, E(x):\n\n"
+    text += f"{table(groups, 'short')}\nLong features, the activations before E's last layer:\n\n"
+    return text + table(groups, "long")
 
 
-def front_table(found):
+def front_table(groups):
     """front.md: means over the longest runs of each method, on DW."""
     head = ["DW", "epochs", "seeds", "1-NN short, paper", "ours", "SVM short, paper", "ours"]
-    lines = [[*head, "test MSE", "identity %", "LeNet-FID"]]
-
-    def add(label, epochs, runs, section, paper):
-        line = [label, str(epochs), str(len(runs))]
-        line += [paper[2], cell(runs, f"{section}/knn_acc_short", spread=False)]
-        line += [paper[3], cell(runs, f"{section}/svm_acc_short", spread=False)]
-        images = [cell(runs, f"{section}/{name}", n, spread=False) for name, n in IMAGES.items()]
-        lines.append(line + images)
-
-    for key, lengths in select(found, METHODS).items():
-        epochs = [number for number, splits in lengths.items() if "dw" in splits]
-        if epochs:
-            paper = [f"{number:.2f}" for number in PAPER[METHODS[key][0]][0]]
-            add(METHODS[key][1], epochs[-1], lengths[epochs[-1]]["dw"], "eval", paper)
-    for section, label in REFERENCES.items():
-        if "dw" in references(found, section):
-            add(label, 0, references(found, section)["dw"], section, ["–"] * 4)
+    lines = [[*head, *(name for name, _ in IMAGES.values())]]
+    for key, (paper, label) in METHODS.items():
+        lengths = [epochs for epochs, splits in groups[key].items() if "dw" in splits]
+        if lengths:
+            runs = groups[key][lengths[-1]]["dw"]
+            line = [label, str(lengths[-1]), str(len(runs))]
+            for place, kind in ((2, "knn"), (3, "svm")):
+                line.append(f"{PAPER[paper][0][place]:.2f}" if paper else "–")
+                line.append(cell(runs, f"{kind}_acc_short"))
+            line += [cell(runs, metric, digits) for metric, (_, digits) in IMAGES.items()]
+            lines.append([text.split(" ± ")[0] for text in line])
     return markdown(lines)
 
 
-def ablation(found):
+def ablation(groups):
     """ablation.md: a line for each preset of train_fc_alae.py that is a change, on val."""
-    settings = {run["setting"] for run in found if run["setting"].startswith("preset rate")}
-    keys = [("train_fc_alae", setting) for setting in sorted(settings)]
-    lines = [["change", "epochs", "seeds", *MEASURES.values()]]
-    for (_, setting), lengths in select(found, keys).items():
-        for epochs, splits in lengths.items():
-            runs = splits.get("val", {})
-            cells = [cell(runs, f"eval/{m}", 4 if m == "recon_mse" else 2) for m in MEASURES]
-            if runs:
-                lines.append([setting.removeprefix("preset "), str(epochs), str(len(runs)), *cells])
+    head = ["change", "epochs", "seeds", *(name for name, _ in IMAGES.values())]
+    lines = [[*head, "1-NN short", "1-NN long", "SVM short", "SVM long"]]
+    metrics = "identity", "fid", "knn_acc_short", "knn_acc_long", "svm_acc_short", "svm_acc_long"
+    for key in sorted(key for key in groups if key[1].startswith("preset rate")):
+        for epochs, splits in groups[key].items():
+            if "val" in splits:
+                runs = splits["val"]
+                line = [key[1].removeprefix("preset "), str(epochs), str(len(runs))]
+                line.append(cell(runs, "recon_mse", 4))
+                lines.append(line + [cell(runs, metric) for metric in metrics])
     return f"{markdown(lines)}\nPresets of train_fc_alae.py, on validation images.\n"
 
 
-def along(found):
-    """{label: {epoch: metrics}} on DW of the methods that draw, first seed: along the longest run
-    that kept its metrics, and at the ends of all."""
+def along(groups):
+    """{label: {epoch: metrics}} on DW, first seed: along the longest run that kept its metrics, and
+    at the ends of longer ones."""
     lines = {}
-    for key, lengths in select(found, METHODS).items():
-        points, ends = {}, {}
-        for epochs, splits in lengths.items():
-            if "dw" in splits:
-                run = splits["dw"][min(splits["dw"])]
-                ends[epochs] = run
-                if run["rows"].exists():
-                    points = read_rows(run["rows"])
-        # of shorter runs only where the longest did not look: their learning rate may fall sooner
-        looked = any("eval/fid" in row for row in points.values())
-        for epochs, run in ends.items():
-            if not looked or epochs >= max(points):
-                points[epochs] = run
-        if points and METHODS[key][1] not in UNDRAWN:
-            lines[METHODS[key][1]] = dict(sorted(points.items()))
+    for key, (paper, label) in METHODS.items():
+        points = {}
+        for epochs, splits in groups[key].items():
+            if "dw" in splits and paper in DRAWN:
+                metrics = splits["dw"][min(splits["dw"])]
+                rows = read_rows(metrics["rows"])
+                if any("fid" in row for row in rows.values()):
+                    points = {}  # no shorter runs: their learning rate may fall sooner
+                points = rows | points | {epochs: metrics}
+        if points:
+            lines[label] = dict(sorted(points.items()))
     return lines
 
 
 def read_rows(path):
-    """{epoch: {metric: value}} of a metrics.csv."""
+    """{epoch: {metric: value}} of a metrics.csv, or nothing."""
     rows = {}
-    with open(path) as file:
-        for row in csv.DictReader(file):
-            rows[int(row["epoch"])] = {name: float(text) for name, text in row.items() if text}
+    for row in csv.DictReader(path.read_text().splitlines() if path.exists() else []):
+        kept = [metric for metric in IMAGES if row.get(f"eval/{metric}")]
+        rows[int(row["epoch"])] = {metric: float(row[f"eval/{metric}"]) for metric in kept}
     return rows
 
 
-def clean(found):
+def clean(groups):
     """clean.md: what is clean after so many epochs."""
-    lines, epochs = along(found), set()
-    for points in lines.values():
-        epochs |= {epoch for epoch, row in points.items() if "eval/fid" in row}
-    epochs = sorted(epochs & {1, 2, 3, 5, 10, 20, 25, 40, 50, 60, 80, 100, 200, 400, 600})
-    text = [["", "after epochs", *map(str, epochs)]]
+    lines = along(groups)
+    epochs = [epoch for epoch in EPOCHS if any(epoch in points for points in lines.values())]
+    table = [["", "after epochs", *map(str, epochs)]]
     for label, points in lines.items():
-        for name, n in IMAGES.items():
-            cells = [cell({0: points.get(epoch, {})}, f"eval/{name}", n) for epoch in epochs]
-            text.append([label, MEASURES[name], *cells])
-    return markdown(text)
+        for metric, (name, digits) in IMAGES.items():
+            cells = [cell({0: points.get(epoch, {})}, metric, digits) for epoch in epochs]
+            table.append([label, name, *cells])
+    return markdown(table)
 
 
 TABLES = {"front": front_table, "table": full_table, "clean": clean, "ablation": ablation}
 
 
 def main(arguments):
-    if arguments:
-        found = []
-        for folder in arguments:
-            found += gather(Path(folder))
-        if not found:
-            shared.fail(f"no finished run below {' '.join(arguments)}")
-        print("\n".join(make(found) for make in TABLES.values()))
-        return
-    found = gather(shared.ROOT / "results")
+    groups = gather(Path(arguments[0]) if arguments else shared.ROOT / "results")
+    if not any(groups.values()):
+        shared.fail(f"no finished run below {arguments[0]}")
     for name, make in TABLES.items():
-        path = shared.ROOT / f"results/paper_table/{name}.md"
-        path.write_text(make(found))
-        print(path)
+        if arguments:
+            print(make(groups))
+        else:
+            (shared.ROOT / f"results/paper_table/{name}.md").write_text(make(groups))
 
 
 if __name__ == "__main__":
