@@ -51,10 +51,7 @@ PRESETS = {
     "ours": {"lr_D": 1e-3, "lr_Q": 1e-4, "bn_momentum": 0.01},  # deviation 4
     "aae_pytorch": NETS_A | ADAM_A | CODE_A,
     "faces": {"net": "conv", "latent_dim": 50},  # Freiburg's
-    "gmm10": {"prior": "gmm10", "latent_dim": 2},  # paper, figure 4
-    "swiss-roll": {"prior": "swiss_roll", "latent_dim": 2},
 }
-PRIORS = ("gaussian", "truncated", "gmm10", "swiss_roll")
 GUESSING = {"L_D": 2 * math.log(2), "L_Q": math.log(2)}  # the balance rule's start, each epoch
 
 
@@ -65,7 +62,7 @@ class Config(shared.Protocol):
     batch_size: int = option(128, "images per step (F; A: 100)", low=2)
     net: str = option("dense", "784-1000-1000-z and back, or F's convolutions", ("dense", "conv"))
     labels: bool = option(False, "give the one-hot class to P and D (F's scenarios 1 and 3)")
-    prior: str = option("truncated", "p(z): N(0, I), or cut at 2 (F), or of the plane", PRIORS)
+    prior: str = option("truncated", "p(z): N(0, I), or cut at 2 (F)", ("gaussian", "truncated"))
     latent_dim: int = option(5, "dimension of z (F; its faces: 50)", low=1)
     loss: str = option("mse", "L_rec: squared error (F) or cross-entropy (A)", ("mse", "bce"))
     lr: float = option(2e-4, "learning rate of Adam for reconstruction (F; A: 6e-4)", low=1e-9)
@@ -124,23 +121,12 @@ def build(config, shape, K):
 
 
 def sample_prior(y, config, seed=None):
-    """A draw of p(z) for each row of the classes y (n, K): (n, Z); with a seed always the same."""
+    """A draw of p(z) for each row of y: (n, Z); with a seed always the same."""
     generator = None if seed is None else torch.Generator(y.device).manual_seed(seed)
-    n, how = len(y), {"device": y.device, "generator": generator}
+    z = torch.empty(len(y), config.latent_dim, device=y.device)
     if config.prior == "gaussian":
-        return torch.randn(n, config.latent_dim, **how)
-    if config.prior == "truncated":
-        z = torch.empty(n, config.latent_dim, device=y.device)
-        return nn.init.trunc_normal_(z, 0, 1, -2, 2, generator=generator)
-    # Which Gaussian, or tenth of the roll: the class's, if there are classes (paper, figure 4)
-    k = y.argmax(1) if y.shape[1] else torch.randint(10, (n,), **how)
-    if config.prior == "gmm10":  # centres at radius 2, long towards the middle
-        along, across = 2 + 0.6 * torch.randn(n, **how), 0.15 * torch.randn(n, **how)
-        cos, sin = (math.tau / 10 * k).cos(), (math.tau / 10 * k).sin()
-        return torch.stack([along * cos - across * sin, along * sin + across * cos], 1)
-    t = ((k + torch.rand(n, **how)) / 10).sqrt()  # even along the roll
-    direction = torch.stack([(2 * math.tau * t).cos(), (2 * math.tau * t).sin()], 1)
-    return 3 * t[:, None] * direction + 0.05 * torch.randn(n, 2, **how)
+        return z.normal_(generator=generator)
+    return nn.init.trunc_normal_(z, 0, 1, -2, 2, generator=generator)
 
 
 def L_rec(logits, x, loss):
@@ -249,7 +235,7 @@ def sliced_wasserstein(a, b, directions=200):
 
 
 def prior_gap(z, y, config, draws=4):
-    """Distance of z (N, Z) to draws of p(z) for their classes y; of two such draws: the floor."""
+    """Distance of z (N, Z) to draws of p(z), a row for each of y; of two such draws: the floor."""
     gap, floor = 0.0, 0.0
     for i in range(draws):
         one, other = sample_prior(y, config, 2 * i + 1), sample_prior(y, config, 2 * i + 2)
@@ -312,8 +298,6 @@ def draw(run, data, config):
 
 def main(config):
     device = shared.setup(config)
-    if config.prior in PRIORS[2:] and config.latent_dim != 2:
-        shared.fail(f"--prior {config.prior} lies in the plane: it needs --latent-dim 2")
     data = shared.load_data(config, device, size=32)
     y_train, _ = given_labels(data, config)
     nets = build(config, data.shape, y_train.shape[1]).to(device)

@@ -52,6 +52,17 @@ def expand(path):
     return commands
 
 
+def is_done(folder, command):
+    """Whether the run has ended well; its folder must be of this command."""
+    if not (folder / "summary.json").exists():
+        return False
+    summary = json.loads((folder / "summary.json").read_text())
+    first = shlex.split(summary["commands"][0])
+    if not {word for word in command if word.startswith("--")} <= set(first):
+        fail(f"{folder} is of another command: {summary['commands'][0]}")
+    return summary["status"] == "done"
+
+
 def train(folder, command):
     """Trains a run, or goes on with it; returns its exit code. Its words go to a log."""
     checkpoint = folder / "checkpoint.pt"
@@ -82,8 +93,7 @@ def main(options):
         for name, command in expand(path).items():
             program = next(word for word in command if word.endswith(".py"))
             folder = options.out_dir.absolute() / Path(program).stem / name
-            summary = folder / "summary.json"
-            if not summary.exists() or json.loads(summary.read_text())["status"] != "done":
+            if not is_done(folder, command):
                 todo[folder] = [*command, *options.more, "--out-dir", out_dir, "--run-name", name]
     print(f"{len(todo)} runs to do", flush=True)
     if options.dry:

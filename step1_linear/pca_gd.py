@@ -15,8 +15,8 @@ Both are solved by every orthonormal basis of the k leading eigenvectors. The co
     subspace on MNIST, whose λ₅₀ and λ₅₁ nearly agree.
 Only Σ matters: a step costs d²k multiply-accumulates whatever n is.
 
-    python step1_linear/pca_gd.py                          # MNIST, k = 50
-    python step1_linear/pca_gd.py --dataset swiss_roll     # or sine_sheet: toy data in 3-D, k = 2
+    python step1_linear/pca_gd.py              # MNIST, k = 50
+    python step1_linear/pca_gd.py --k 10
 
 Expect (MNIST): an angle below 0.001 rad after 640 (reconstruction, QR) to 2,000 steps (penalties).
 
@@ -37,19 +37,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shared
 from shared import option
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from scipy.linalg import subspace_angles
 from torch import nn
 
-TOYS = ("swiss_roll", "sine_sheet")
-
 
 @dataclass
 class Config(shared.Protocol):
-    dataset: str = option("mnist", "an image dataset, or a toy in 3-D: swiss_roll, sine_sheet")
-    k: int = option(0, "number of components; 0: 50, or 2 for the toys", low=0)
+    k: int = option(50, "number of components", low=1)
     steps: int = option(3000, "at most so many gradient steps for each method (ours)", low=1)
     tolerance: float = option(1e-3, "stop at this largest principal angle, in rad (ours)", low=1e-9)
     rho: float = option(2.0, "weight ρ of the soft constraint, in units of λ₁ (ours)", low=1e-3)
@@ -188,44 +184,6 @@ def figure_convergence(traces, title):
     return figure
 
 
-def load_toy(name):
-    """5,000 points in 3-D: a Swiss roll or a sheet with the shape of a sine, with noise of 0.1."""
-    rng = np.random.default_rng(0)
-    u, v = rng.uniform(size=(2, 5000))
-    if name == "swiss_roll":
-        t = np.pi * (1.5 + 3 * u)
-        points = [t * np.cos(t), 21 * v, t * np.sin(t)]
-    else:
-        t = np.pi * (4 * u - 2)
-        points = [t, 6 * v, np.sin(t)]
-    x = torch.tensor(np.stack(points, 1) + rng.normal(0, 0.1, (5000, 3))).float()
-    return shared.Data(name, x[:4000], None, x[4000:], None, None)
-
-
-def figure_toys():
-    """Both toys in 3-D with the plane of PCA and that of gradient descent."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    side = torch.linspace(-1.7, 1.7, 7, dtype=torch.float64)
-    a, b = (t[..., None] for t in torch.meshgrid(side, side, indexing="ij"))
-    for i, name in enumerate(TOYS):
-        data = load_toy(name)
-        pca = shared.PCA(data, 2)
-        (mean, S), V, values = pca.train, pca.V, pca.values
-        *_, (_, C, _) = descend(reconstruction_loss, S, 2, 200, 0.5 / values[0].item())
-        where = {"projection": "3d", "xlabel": "x₁", "ylabel": "x₂", "zlabel": "x₃"}
-        axes = figure.add_subplot(1, 2, i + 1, title=name.replace("_", " "), **where)
-        x = data.x_train[:1500].double()
-        axes.scatter(*x.T.numpy(), c=((x - mean) @ V[:, 0]).numpy(), s=4, cmap="viridis", alpha=0.6)
-        corners = V * values[:2].sqrt()
-        plane = mean + a * corners[:, 0] + b * corners[:, 1]  # (7, 7, 3)
-        axes.plot_surface(*plane.permute(2, 0, 1).numpy(), color="tab:orange", alpha=0.35)
-        corners = C @ C.T @ corners  # the same, projected on the plane of gradient descent
-        plane = mean + a * corners[:, 0] + b * corners[:, 1]
-        axes.plot_wireframe(*plane.permute(2, 0, 1).numpy(), color="tab:red", linewidth=1)
-    figure.suptitle("Planes of analytic PCA (orange) and of gradient descent (red wires)")
-    return figure
-
-
 class Projection(nn.Module):
     """C (d, k) of x̂ = mean + C Cᵀ(x − mean), and the mean (d,)."""
 
@@ -240,9 +198,8 @@ def main(config):
         shared.fail("--resume, --eval: a run takes a minute, start it again")
     shared.setup(config)
     cpu = torch.device("cpu")  # in float64, which not every device has
-    toy = config.dataset in TOYS
-    data = load_toy(config.dataset) if toy else shared.load_data(config, cpu)
-    pca = shared.PCA(data, config.k or min(50, data.x_train.shape[1] - 1))
+    data = shared.load_data(config, cpu)
+    pca = shared.PCA(data, config.k)
     projection = Projection(pca.V.clone(), pca.train[0])  # until there is one by gradient descent
     run = shared.Run(config, cpu, nn.ModuleDict({"pca": projection}))
 
@@ -260,14 +217,12 @@ def main(config):
         run.epoch = step
         run.log(row)
 
-    title = f"PCA by gradient descent, {config.dataset}, k = {pca.V.shape[1]}"
+    title = f"PCA by gradient descent, {config.dataset}, k = {config.k}"
     run.picture("convergence", figure_convergence(traces, title))
-    run.picture("toys", figure_toys())
     run.history["images_seen"] = len(data.x_train)
     maps = projection.C.T, projection.C, projection.mean
-    if not toy:
-        pca.draw(run, *maps, title)
-    run.finish(pca.metrics(*maps, full=not toy))
+    pca.draw(run, *maps, title)
+    run.finish(pca.metrics(*maps, full=True))
     print(table(results))
 
 
