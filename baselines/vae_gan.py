@@ -45,10 +45,7 @@ from torch.optim import RMSprop
 
 RATES_L = {"lr": 1e-4, "dis_lr": 1.0, "alpha": 0.9, "lr_decay": 0.75, "margin": 0.35}
 WEIGHTS_L = {"gamma_enc": 1.0, "lambda_mse": 1e-6, "gan_reconstruction": False}
-PRESETS = {
-    "rishabhd786": {},
-    "lucabergamini": RATES_L | WEIGHTS_L | {"reduction": "sum"},
-}
+PRESETS = {"rishabhd786": {}, "lucabergamini": RATES_L | WEIGHTS_L | {"reduction": "sum"}}
 PAIRS = (3, 8), (4, 9), (7, 1), (0, 6)  # of classes, for the latent arithmetic
 
 
