@@ -4,6 +4,7 @@
     python tests/benchmark.py train_fc_alae bigan_mnist --steps 100
     python tests/benchmark.py vae_gan -- --width 1 --image-size 64      # options of the experiment
     python tests/benchmark.py vae_gan --public -- --width 1 --image-size 64
+    python tests/benchmark.py bigan_mnist --precisions # fp32 and bf16 in turns
     python tests/benchmark.py --waiting                # what waiting threads cost
 
 ms per iteration (median), images/s, executed FLOP/s over torch.mm's on 128×1024 by 1024×1024, peak
@@ -83,22 +84,25 @@ def watched(steps, times, counted):
     return step
 
 
-def run_steps(name, steps, options):
-    """Times of the steps of an experiment's own loop; FLOPs and images of one."""
+def run_main(name, options):
     module = importlib.import_module(name)
-    times, counted = [], []
-    shared.Run.step = watched(steps, times, counted)
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = [module.__file__, "--out-dir", folder, *options]
-        config = shared.parse_config(module.Config, getattr(module, "PRESETS", None))
-        with contextlib.suppress(Enough):
-            module.main(config)
+        module.main(shared.parse_config(module.Config, getattr(module, "PRESETS", None)))
+
+
+def run_steps(name, steps, options):
+    """Times of the steps of an experiment's own loop; FLOPs and images of one."""
+    times, counted = [], []
+    shared.Run.step = watched(steps, times, counted)
+    with contextlib.suppress(Enough):
+        run_main(name, options)
     return [b - a for a, b in itertools.pairwise(times[2:])], *counted
 
 
-def mm_rate(n=100):
+def mm_rate(n=100, dtype=torch.float32):
     """FLOP/s of torch.mm, median."""
-    a, b = torch.randn(128, 1024), torch.randn(1024, 1024)
+    a, b = torch.randn(128, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
     times = []
     for _ in range(n):
         start = time.perf_counter()
@@ -120,6 +124,35 @@ def benchmark(name, steps, options):
         f"{flops / median / rate:5.2f} of torch.mm ({rate / 1e9:.0f} GFLOP/s)  {peak:6.0f} MiB",
         flush=True,
     )
+
+
+def compare_precisions(name, steps, options):
+    """Ten steps in fp32, then ten in bf16, and so on; the first of each ten is not counted."""
+    times = {"fp32": [], "bf16": []}
+    done = []
+
+    def step(run, losses, images):
+        synchronize()
+        precision, now = run.config.precision, time.perf_counter()
+        if len(done) % 10 > 0:
+            times[precision].append(now - done[-1])
+        done.append(now)
+        if len(done) % 10 == 0:
+            run.config.precision = "fp32" if precision == "bf16" else "bf16"
+        if len(done) == 2 * steps:
+            raise Enough
+
+    flops = run_steps(name, 3, options)[1]  # which also sets up the machine
+    rates = {"fp32": mm_rate(), "bf16": mm_rate(dtype=torch.bfloat16)}
+    with contextlib.suppress(Enough):
+        shared.Run.step = step
+        run_main(name, options)
+    medians = {precision: statistics.median(part) for precision, part in times.items()}
+    cells = [f"{medians['bf16'] / medians['fp32']:.3f}"]
+    for precision, seconds in medians.items():
+        cells += [f"{1e3 * seconds:.2f}", f"{flops / seconds / rates[precision]:.2f}"]
+    cells.append(f"{rates['bf16'] / rates['fp32']:.2f}")
+    print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def public_order_step(nets, opts, x, config):
@@ -205,6 +238,7 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="*")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--public", action="store_true")
+    parser.add_argument("--precisions", action="store_true")
     parser.add_argument("--waiting", action="store_true")
     own, options = sys.argv[1:], []
     if "--" in own:
@@ -216,6 +250,9 @@ if __name__ == "__main__":
         waiting(args.steps)
     elif args.public:
         compare_with_public_order(args.steps, options)
+    elif args.precisions:
+        for name in names:
+            compare_precisions(name, args.steps, options)
     elif len(names) == 1:
         benchmark(names[0], args.steps, options)
     else:
