@@ -8,7 +8,8 @@
 Runs that differ in nothing but the seed share a row: mean ± standard deviation (n − 1).
 
 In a README, --readme writes what stands between `<!-- table: NAME -->` and `<!-- /table -->`. NAME:
-one in results/paper_table, `all runs`, or `EXPERIMENTS | DATASET SPLIT | METRICS`.
+one in results/paper_table, `all runs`, or `EXPERIMENTS | DATASET SPLIT | METRICS`, where
+EXPERIMENT/PREFIX takes those of an experiment's runs whose names begin so.
 """
 
 import argparse
@@ -187,7 +188,8 @@ def renew(text):
             text = f"{tables(every)}\n"
         elif "|" in name:
             experiments, data, metrics = (part.split() for part in name.split("|"))
-            found = [s for s in every if s["experiment"] in experiments]
+            starts = tuple(name if "/" in name else f"{name}/" for name in experiments)
+            found = [s for s in every if f"{s['experiment']}/{s['run']}".startswith(starts)]
             text = table([s for s in found if [s["dataset"], s["split"]] == data], metrics)
         else:
             text = (ROOT / f"results/paper_table/{name}.md").read_text()
