@@ -71,6 +71,7 @@ class Config(shared.Protocol):
         0.0, "share of the training, at its end, with lr falling to 0 (ours)", low=0
     )
     latent_dim: int = option(50, "dimension of z and of w (paper §6.1)", low=1)
+    width: int = option(1024, "units of the hidden layers of E and G (paper §6.1)", low=1)
     gamma: float = option(10.0, "weight γ of R1 (paper, algorithm 1)", low=0)
     err_weight: float = option(1.0, "weight of L_err in Step III (algorithm 1: 1)", low=0)
     ema: float = option(
@@ -89,7 +90,7 @@ class Config(shared.Protocol):
     precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
 
 
-# B batch, Z = W = latent_dim, X = pixels (784), H = 1024
+# B batch, Z = W = latent_dim, X = pixels (784), H = width
 
 
 class Linear(nn.Linear):
@@ -107,7 +108,7 @@ class Linear(nn.Linear):
 
 def build(config, X):
     """F: z (B, Z) → w (B, W), G: w → x (B, X), E: x → w, D: w → (B, 1)."""
-    Z, H = config.latent_dim, 1024
+    Z, H = config.latent_dim, config.width
     leaky, leaky_out = nn.LeakyReLU(0.2), nn.LeakyReLU(config.slope)
     F = [nn.RMSNorm(Z, eps=1e-8, elementwise_affine=False)]  # pixel norm
     if config.mapping == "mlp":

@@ -5,6 +5,7 @@
     python tests/benchmark.py vae_gan -- --width 1 --image-size 64      # options of the experiment
     python tests/benchmark.py vae_gan --public -- --width 1 --image-size 64
     python tests/benchmark.py bigan_mnist --precisions # fp32 and bf16 in turns
+    python tests/benchmark.py --scale                  # FC ALAE by batch size and width
     python tests/benchmark.py --waiting                # what waiting threads cost
 
 ms per iteration (median), images/s, executed FLOP/s over torch.mm's on 128×1024 by 1024×1024, peak
@@ -14,6 +15,7 @@ memory. The loop is the experiment's own: what is timed is all between two calls
 
 import argparse
 import contextlib
+import csv
 import importlib
 import itertools
 import os
@@ -29,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shared
 
 import torch
+from matplotlib.figure import Figure
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -42,6 +45,9 @@ WAITING = {
     "GOMP_SPINCOUNT=2000": {"GOMP_SPINCOUNT": "2000"},
     "GOMP_SPINCOUNT=3000": {"GOMP_SPINCOUNT": "3000"},
 }
+
+
+SCALE = {"batch-size": (64, 128, 256, 512, 1024, 2048, 4096), "width": (256, 512, 1024, 2048, 4096)}
 
 
 class Enough(Exception):
@@ -112,9 +118,8 @@ def mm_rate(n=100, dtype=torch.float32):
 
 
 def benchmark(name, steps, options):
-    before = mm_rate()
-    seconds, flops, images = run_steps(name, steps, options)
-    rate = (before + mm_rate()) / 2
+    seconds, flops, images = run_steps(name, steps, options)  # which also sets up the machine
+    rate = mm_rate()
     median = statistics.median(seconds)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (
         20 if sys.platform == "darwin" else 10
@@ -153,6 +158,40 @@ def compare_precisions(name, steps, options):
         cells += [f"{1e3 * seconds:.2f}", f"{flops / seconds / rates[precision]:.2f}"]
     cells.append(f"{rates['bf16'] / rates['fp32']:.2f}")
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def scale(steps):
+    """FC ALAE's step against batch size and width, in both precisions: results/scale.csv, .png."""
+    rows = []
+    for option, sizes in SCALE.items():
+        for size, precision in itertools.product(sizes, ("fp32", "bf16")):
+            options = ["--", f"--{option}", str(size), "--precision", precision]
+            command = [sys.executable, __file__, "train_fc_alae", "--steps", str(steps), *options]
+            words = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.split()
+            row = {"option": option, "size": size, "precision": precision, "ms": words[1]}
+            rows.append(row | {"images_per_s": words[3], "MiB": words[-2]})
+            print(rows[-1], flush=True)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    with open(shared.ROOT / "results/scale.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    figure.suptitle(f"A step of FC ALAE on {shared.hardware(device)}")
+    panels = figure.subplots(2, 2, sharex="col")
+    for column, option in zip(panels.T, SCALE, strict=True):
+        for precision in ("fp32", "bf16"):
+            part = [r for r in rows if (r["option"], r["precision"]) == (option, precision)]
+            sizes = [row["size"] for row in part]
+            for axes, name in zip(column, ("images_per_s", "MiB"), strict=True):
+                axes.plot(sizes, [float(row[name]) for row in part], "o-", label=precision)
+                axes.set(xscale="log", yscale="log", ylabel=name.replace("_per_", "/"))
+                axes.set_xticks(sizes, sizes)
+                axes.minorticks_off()
+                axes.grid(alpha=0.3)
+        column[1].set_xlabel(f"--{option}")
+    panels[0, 0].legend()
+    figure.savefig(shared.ROOT / "results/scale.png", dpi=130)
 
 
 def public_order_step(nets, opts, x, config):
@@ -239,6 +278,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--public", action="store_true")
     parser.add_argument("--precisions", action="store_true")
+    parser.add_argument("--scale", action="store_true")
     parser.add_argument("--waiting", action="store_true")
     own, options = sys.argv[1:], []
     if "--" in own:
@@ -248,6 +288,8 @@ if __name__ == "__main__":
     names = args.names or [path.stem for path in paths if "run.epochs(" in path.read_text()]
     if args.waiting:
         waiting(args.steps)
+    elif args.scale:
+        scale(args.steps)
     elif args.public:
         compare_with_public_order(args.steps, options)
     elif args.precisions:
