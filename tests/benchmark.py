@@ -285,7 +285,8 @@ if __name__ == "__main__":
         own, options = own[: own.index("--")], own[own.index("--") + 1 :]
     args = parser.parse_args(own)
     paths = sorted(p for p in shared.ROOT.glob("*/*.py") if p.parent.name in FOLDERS)
-    names = args.names or [path.stem for path in paths if "run.epochs(" in path.read_text()]
+    loop = "shared.products(" if args.precisions else "run.epochs("
+    names = args.names or [path.stem for path in paths if loop in path.read_text()]
     if args.waiting:
         waiting(args.steps)
     elif args.scale:
@@ -293,6 +294,11 @@ if __name__ == "__main__":
     elif args.public:
         compare_with_public_order(args.steps, options)
     elif args.precisions:
+        print(
+            "| experiment | bf16 / fp32 | fp32, ms | of torch.mm | bf16, ms | of torch.mm | ",
+            end="",
+        )
+        print("torch.mm's bf16 / fp32 |\n|---|---|---|---|---|---|---|", flush=True)
         for name in names:
             compare_precisions(name, args.steps, options)
     elif len(names) == 1:
