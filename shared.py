@@ -144,7 +144,7 @@ def setup(config):
     if getattr(config, "precision", "") == "bf16" and device.type == "cpu":
         able = [name for name, there in torch.cpu.get_capabilities().items() if there]
         if not any("bf16" in name for name in able):
-            print("--precision bf16: this processor has no such products, fp32 it is")
+            print("--precision bf16: not on this processor, fp32 it is", file=sys.stderr)
             config.precision = "fp32"
     if config.smoke and hasattr(config, "epochs"):
         config.epochs, config.eval_every = min(config.epochs, 2), 1

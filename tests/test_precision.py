@@ -81,4 +81,4 @@ def test_a_processor_without_such_products_is_told_and_runs_fp32(monkeypatch, ca
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
     config = alae.Config(precision="bf16", device="cpu")
     shared.setup(config)
-    assert config.precision == "fp32" and "fp32 it is" in capsys.readouterr().out
+    assert config.precision == "fp32" and "fp32 it is" in capsys.readouterr().err
