@@ -110,37 +110,10 @@ def clean(folder):
     return figure
 
 
-def table1(folder):
-    """Our accuracies and those of table 1 of the paper."""
-    groups = paper_table.gather(folder)
-    methods = [key for key, (paper, _) in paper_table.METHODS.items() if paper]
-    longest = max(max(groups[key], default=0) for key in methods)
-    figure = Figure(figsize=(11, 5.4), layout="constrained")
-    for i, axes in enumerate(figure.subplots(2, 4, sharey=True).flat):
-        length = ("short", "long")[i // 4]
-        kind, split = paper_table.COLUMNS[i % 4]
-        for y, key in enumerate(methods):
-            paper = paper_table.PAPER[paper_table.METHODS[key][0]]
-            axes.plot(paper[i // 4][i % 4], y, "k|", markersize=14)
-            for epochs, splits in groups[key].items():
-                values = [run[f"{kind}_acc_{length}"] for run in splits.get(split, {}).values()]
-                style = {"mfc": "none", "color": "C0", "markersize": 3 + 5 * epochs / longest}
-                axes.plot(values, [y for _ in values], "o", **style)
-        axes.set_yticks(range(len(methods)), [paper_table.METHODS[key][1] for key in methods])
-        axes.set_title(f"{paper_table.CLASSIFIERS[kind]}, {length}, {split.upper()}")
-        axes.set_xlabel("accuracy, %")
-        axes.grid(alpha=0.3)
-    axes.invert_yaxis()
-    title = "Table 1 of the paper (bars) and our runs (circles; the larger, the more epochs)"
-    figure.suptitle(title)
-    return figure
-
-
 FIGURES = {
     "linear_ablation": (linear_ablation, "assets"),
     "gan_losses": (gan_losses, "assets"),
     "clean": (clean, "results/paper_table"),
-    "table": (table1, "results/paper_table"),
 }
 
 

@@ -37,12 +37,9 @@ NAMES = {  # of metrics, in the order of columns
     "ratio_test": "test MSE / PCA's",
     "pca_mse_train": "PCA's train MSE",
     "pca_mse_test": "PCA's test MSE",
-    "explained": "variance explained %",
     "angle": "largest angle, rad",
-    "angle_E": "angle of E, largest, rad",
-    "angle_mean_E": "E, mean",
-    "angle_G": "G, largest",
-    "angle_mean_G": "G, mean",
+    "angle_E": "largest angle of E, rad",
+    "angle_G": "of G",
     "knn_acc_short": "1-NN short",
     "knn_acc_long": "1-NN long",
     "svm_acc_short": "SVM short",
@@ -62,7 +59,9 @@ NONLINEAR = "autoencoder_mnist", "latent_regressor_mnist", "bigan_mnist", "alae_
 KINDS = dict.fromkeys(LINEAR, "Linear autoencoders")  # several experiments in one table
 WIDTHS = "Autoencoders, E 784-1024-1024-50 and G 50-1024-1024-784"
 KINDS |= dict.fromkeys((*NONLINEAR, "train_fc_alae"), WIDTHS)
-LEFT_OUT = r"train|perf|.*/(L_.*|digit_\d|val_mse_.*|ms_per_step)$"  # details, in the files
+LEFT_OUT = (
+    r"train|perf|.*/(L_.*|digit_\d|val_mse_.*|ms_per_step|explained|angle_mean.*)$"  # details
+)
 
 
 def summaries(folder):
@@ -76,7 +75,7 @@ def summaries(folder):
 
 
 def collect(run):
-    """Copies a finished run's summary, metrics.csv and table.md to results/<experiment>/<run>.*."""
+    """Copies a finished run's summary and metrics.csv to results/<experiment>/<run>.*."""
     if not (run / "summary.json").exists() or not finished(run):
         fail(f"{run} is not the folder of a finished run")
     summary = json.loads((run / "summary.json").read_text())
@@ -84,7 +83,7 @@ def collect(run):
     if target.exists() and json.loads(target.read_text())["commands"][0] != summary["commands"][0]:
         fail(f"{target} is of another run of that name: delete it first, if it should go")
     target.parent.mkdir(parents=True, exist_ok=True)
-    for name in ("summary.json", "metrics.csv", "table.md"):
+    for name in ("summary.json", "metrics.csv"):
         if (run / name).exists():
             shutil.copyfile(run / name, target.with_suffix(Path(name).suffix))
     print(target)

@@ -145,21 +145,6 @@ def front_table(groups):
     return markdown(lines)
 
 
-def ablation(groups):
-    """ablation.md: a line for each preset of train_fc_alae.py that is a change, on val."""
-    head = ["change", "epochs", "seeds", *(name for name, _ in IMAGES.values())]
-    lines = [[*head, "1-NN short", "1-NN long", "SVM short", "SVM long"]]
-    metrics = "identity", "fid", "knn_acc_short", "knn_acc_long", "svm_acc_short", "svm_acc_long"
-    for key in sorted(key for key in groups if key[1].startswith("preset rate")):
-        for epochs, splits in groups[key].items():
-            if "val" in splits:
-                runs = splits["val"]
-                line = [key[1].removeprefix("preset "), str(epochs), str(len(runs))]
-                line.append(cell(runs, "recon_mse", 4))
-                lines.append(line + [cell(runs, metric) for metric in metrics])
-    return f"{markdown(lines)}\nPresets of train_fc_alae.py, on validation images.\n"
-
-
 def along(groups):
     """{label: {epoch: metrics}} on DW, first seed: along the longest run that kept its metrics, and
     at the ends of longer ones."""
@@ -199,7 +184,7 @@ def clean(groups):
     return markdown(table)
 
 
-TABLES = {"front": front_table, "table": full_table, "clean": clean, "ablation": ablation}
+TABLES = {"front": front_table, "table": full_table, "clean": clean}
 
 
 def main(arguments):

@@ -273,6 +273,13 @@ def test_a_table_in_a_readme_is_renewed_between_its_markers(monkeypatch, tmp_pat
     assert "<!-- table: clean -->\nas it is\n<!-- /table -->" in new and table.renew(new) == new
 
 
+def test_a_table_may_take_the_runs_of_one_study(monkeypatch, tmp_path):
+    write(tmp_path / "results", summary(0, 90.0, run="study-a"), summary(0, 92.0, run="other"))
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    new = table.renew("<!-- table: e/study | mnist dw | svm_acc_short -->\n<!-- /table -->\n")
+    assert [row[-1] for row in cells(new)] == ["90.00"]
+
+
 def test_no_readme_is_stale():
     for path, text in table.readmes().items():
         assert path.read_text() == text, f"{path} is stale: run python results/table.py --readme"
@@ -339,17 +346,6 @@ def test_ours_stand_below_the_papers(tmp_path):
     assert rows[place + 2] == ["ALAE, preset fast", "9", "1", "93.00", "93.00", "–", "–"]
     front = cells(paper_table.front_table(found))
     assert front[0][:7] == [*ours[:3], "94.59", "95.00", "94.23", "95.00"]
-
-
-def test_the_ablation_shows_presets_on_validation_images_alone(tmp_path):
-    slope = ("train_fc_alae", "preset rate-slope")
-    runs = [
-        paper_run(slope, "val", 0, 50.0),
-        paper_run(slope, "dw", 1, 1.0),
-        paper_run(FAST, "val", 0, 2.0),
-    ]
-    rows = cells(paper_table.ablation(paper_table.gather(write(tmp_path, *runs))))
-    assert [row[:4] for row in rows] == [["rate-slope", "7", "1", "0.0100"]]
 
 
 def test_along_the_training_of_the_longest_run_and_at_the_ends_of_longer_ones(tmp_path):
