@@ -178,6 +178,7 @@ def figure_convergence(traces, title):
     right.set_ylabel("|MSE / optimum − 1|")
     for axes in (left, right):
         axes.set(xlabel="gradient steps", xscale="log", yscale="log")
+        axes.tick_params(axis="x", which="minor", labelbottom=False)
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3)
     figure.suptitle(title)
