@@ -1,6 +1,7 @@
 """What every experiment shares and no paper owns: options, data, a run's folder, metrics, pictures.
 
-Networks, losses, optimizers, schedules and the order of updates stay in the experiments.
+Networks, losses, optimizers, schedules and the order of updates stay in the experiments. Their main
+functions end in the same loop; a line that only some have is marked `# its own`.
 """
 
 import argparse
@@ -175,7 +176,7 @@ def products(config, device):
 
 
 def fp32(x):
-    """What products in bf16 gave, for a loss."""
+    """x in fp32 if it is in bf16; float64 stays."""
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
@@ -188,13 +189,15 @@ class Float32(nn.Sequential):
 
 
 def hardware(device):
-    """The GPU's name; or the processor's family, model and name, its cores and the threads used."""
+    """The GPU's name; or the processor's name, family and model, its cores and the threads used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     cpu, pattern = Path("/proc/cpuinfo"), r"^(?:cpu family|model|model name)\s*: (.*)"
     names = re.findall(pattern, cpu.read_text(), re.M)[:3] if cpu.exists() else []
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{' '.join(names) or platform.processor()}, {cores}"
+    if len(names) < 3:
+        return f"{platform.processor()}, {cores}"
+    return f"{names[2]} (family {names[0]}, model {names[1]}), {cores}"
 
 
 # Data
@@ -639,8 +642,8 @@ def image_metrics(data, x_rec=None, x_fake=None):
 class PCA:
     """Principal components of the training images: what linear autoencoders are measured by.
 
-    Those are maps E (k, d), G (d, k), mean (d,), with x̂ = mean + G E (x − mean). Float64, on the
-    CPU; moments: mean (d,) and covariance (d, d).
+    A linear autoencoder is E (k, d), G (d, k) and mean (d,), with x̂ = mean + G E (x − mean). Here
+    all is in float64, on the CPU; moments are mean (d,) and covariance (d, d).
     """
 
     def __init__(self, data, k):
@@ -697,9 +700,10 @@ class PCA:
         images, GE = self.data.images, (G @ E).cpu().double()
         U = torch.linalg.eigh(GE @ self.train[1] @ GE.T)[1].flip(1)[:, : len(E)]
         U = torch.where((U * self.V).sum(0) < 0, -U, U)  # eigenvectors have no sign
-        axes = torch.cat([self.V.T[:10], U.T[:10]])
-        axes = 0.5 + axes / (2 * axes.abs().amax(1, keepdim=True))
-        run.picture("components", grid(images(axes), len(axes) // 2, title, ["PCA", "ours"]))
+        components = torch.cat([self.V.T[:10], U.T[:10]])
+        components = 0.5 + components / (2 * components.abs().amax(1, keepdim=True))
+        columns = len(components) // 2
+        run.picture("components", grid(images(components), columns, title, ["PCA", "ours"]))
         x = self.data.x_test[:12]
         x = torch.cat([x, self.reconstruct(x, *self.maps), self.reconstruct(x, E, G, mean)])
         run.picture("reconstructions", grid(images(x), 12, title, ["x", "PCA", "ours"]))

@@ -57,7 +57,7 @@ GUESSING = {"L_D": 2 * math.log(2), "L_Q": math.log(2)}  # the balance rule's st
 
 @dataclass
 class Config(shared.Protocol):
-    preset: str = option("freiburg", "a public code's settings, ours, or a prior", tuple(PRESETS))
+    preset: str = option("freiburg", "a public code's settings, or ours", tuple(PRESETS))
     epochs: int = option(30, "passes over the training images (A: 500; F: by hand)", low=0)
     batch_size: int = option(128, "images per step (F; A: 100)", low=2)
     net: str = option("dense", "784-1000-1000-z and back, or F's convolutions", ("dense", "conv"))

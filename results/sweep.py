@@ -52,14 +52,19 @@ def expand(path):
     return commands
 
 
+def options_of(command):
+    """Those of the sweep file, --name=value; what follows them, --name value, is the machine's."""
+    return {word for word in command if word.startswith("--") and "=" in word}
+
+
 def is_done(folder, command):
     """Whether the run has ended well; its folder must be of this command."""
     if not (folder / "summary.json").exists():
         return False
     summary = json.loads((folder / "summary.json").read_text())
-    first = shlex.split(summary["commands"][0])
-    if not {word for word in command if word.startswith("--")} <= set(first):
-        fail(f"{folder} is of another command: {summary['commands'][0]}")
+    first = summary["commands"][0]
+    if options_of(command) != options_of(shlex.split(first)):
+        fail(f"{folder} is of another command: {first}")
     return summary["status"] == "done"
 
 
@@ -105,7 +110,7 @@ def main(options):
     with ThreadPoolExecutor(options.workers) as pool:
         try:
             codes = list(pool.map(train, todo, todo.values()))
-        except KeyboardInterrupt:  # what waits is given up; each run saves a checkpoint
+        except KeyboardInterrupt:  # what waits is given up
             for process in RUNNING:
                 process.send_signal(signal.SIGINT)
             fail("stopped; the same command goes on", 130)

@@ -140,7 +140,7 @@ def table(found, metrics=None):
     rows, measured = [], {}
     for runs in group(found):
         for line in lines_of(runs, several)[: 1 if metrics else None]:
-            if line not in rows:
+            if line not in rows and (not metrics or line[1].keys() & set(metrics)):
                 rows.append(line)
                 measured |= line[1]
     columns = [name for name in metrics or NAMES | measured if name in measured]
