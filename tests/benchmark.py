@@ -39,7 +39,7 @@ FOLDERS = ("step1_linear", "step2_gan", "step3_official_alae", "baselines")
 sys.path.extend(str(shared.ROOT / folder) for folder in FOLDERS)
 vae_gan = importlib.import_module("vae_gan")
 WAITING = {
-    "OpenMP's default": {"GOMP_SPINCOUNT": "default"},
+    "OpenMP's default": {"GOMP_SPINCOUNT": "default"},  # no number: as if it were not set
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
     "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
     "GOMP_SPINCOUNT=2000": {"GOMP_SPINCOUNT": "2000"},
@@ -108,25 +108,32 @@ def run_steps(name, steps, options):
 
 def mm_rate(n=100, dtype=torch.float32):
     """FLOP/s of torch.mm, median."""
-    a, b = torch.randn(128, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    device = torch.accelerator.current_accelerator() or "cpu"
+    a, b = (torch.randn(rows, 1024, device=device).to(dtype) for rows in (128, 1024))
     times = []
     for _ in range(n):
         start = time.perf_counter()
         torch.mm(a, b)
+        synchronize()
         times.append(time.perf_counter() - start)
     return 2 * 128 * 1024 * 1024 / statistics.median(times)
+
+
+def peak_memory():
+    """In MiB: a GPU's, of tensors; else the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def benchmark(name, steps, options):
     seconds, flops, images = run_steps(name, steps, options)  # which also sets up the machine
     rate = mm_rate()
     median = statistics.median(seconds)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (
-        20 if sys.platform == "darwin" else 10
-    )
     print(
         f"{name:24s} {1e3 * median:9.2f} ms  {images / median:9.0f} images/s  "
-        f"{flops / median / rate:5.2f} of torch.mm ({rate / 1e9:.0f} GFLOP/s)  {peak:6.0f} MiB",
+        f"{flops / median / rate:5.2f} of torch.mm ({rate / 1e9:.0f} GFLOP/s)  {peak_memory():6.0f} MiB",
         flush=True,
     )
 
