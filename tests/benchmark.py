@@ -59,6 +59,12 @@ def synchronize():
         torch.cuda.synchronize()
 
 
+def best_device():
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    return torch.device("cpu")
+
+
 class CountFlops(TorchDispatchMode):
     """Adds up the FLOPs of products and convolutions, those of gradients included."""
 
@@ -108,8 +114,7 @@ def run_steps(name, steps, options):
 
 def mm_rate(n=100, dtype=torch.float32):
     """FLOP/s of torch.mm, median."""
-    device = torch.accelerator.current_accelerator() or "cpu"
-    a, b = (torch.randn(rows, 1024, device=device).to(dtype) for rows in (128, 1024))
+    a, b = (torch.randn(rows, 1024, device=best_device()).to(dtype) for rows in (128, 1024))
     times = []
     for _ in range(n):
         start = time.perf_counter()
@@ -133,7 +138,8 @@ def benchmark(name, steps, options):
     median = statistics.median(seconds)
     print(
         f"{name:24s} {1e3 * median:9.2f} ms  {images / median:9.0f} images/s  "
-        f"{flops / median / rate:5.2f} of torch.mm ({rate / 1e9:.0f} GFLOP/s)  {peak_memory():6.0f} MiB",
+        f"{flops / median / rate:5.2f} of torch.mm ({rate / 1e9:.0f} GFLOP/s)  "
+        f"{peak_memory():6.0f} MiB",
         flush=True,
     )
 
@@ -178,13 +184,12 @@ def scale(steps):
             row = {"option": option, "size": size, "precision": precision, "ms": words[1]}
             rows.append(row | {"images_per_s": words[3], "MiB": words[-2]})
             print(rows[-1], flush=True)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     with open(shared.ROOT / "results/scale.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     figure = Figure(figsize=(9, 5.5), layout="constrained")
-    figure.suptitle(f"A step of FC ALAE on {shared.hardware(device)}")
+    figure.suptitle(f"A step of FC ALAE on {shared.hardware(best_device())}")
     panels = figure.subplots(2, 2, sharex="col")
     for column, option in zip(panels.T, SCALE, strict=True):
         for precision in ("fp32", "bf16"):
