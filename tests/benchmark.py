@@ -5,6 +5,7 @@
     python tests/benchmark.py vae_gan -- --width 1 --image-size 64      # options of the experiment
     python tests/benchmark.py vae_gan --public -- --width 1 --image-size 64
     python tests/benchmark.py bigan_mnist --precisions # fp32 and bf16 in turns
+    python tests/benchmark.py aae --profile            # what takes a step's time
     python tests/benchmark.py --scale                  # FC ALAE by batch size and width
     python tests/benchmark.py --waiting                # what waiting threads cost
 
@@ -144,6 +145,30 @@ def benchmark(name, steps, options):
     )
 
 
+def profile_steps(name, steps, options):
+    """The operations that take the most time of a step, in ms, and how often each is called."""
+    done = []
+    profiler = torch.profiler.profile()
+
+    def step(run, losses, images):
+        done.append(images)
+        if len(done) == 3:
+            profiler.start()
+        elif len(done) == 3 + steps:
+            profiler.stop()
+            raise Enough
+
+    shared.Run.step = step
+    with contextlib.suppress(Enough):
+        run_main(name, options)
+    averages = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in averages)
+    print(f"{name} {' '.join(options)}: {total / 1e3 / steps:.1f} ms")
+    for event in averages[:12]:
+        ms, calls = event.self_cpu_time_total / 1e3 / steps, event.count / steps
+        print(f"{ms:8.2f} ms {calls:6.0f} times  {event.key}", flush=True)
+
+
 def compare_precisions(name, steps, options):
     """Ten steps in fp32, then ten in bf16, and so on; the first of each ten is not counted."""
     times = {"fp32": [], "bf16": []}
@@ -188,20 +213,26 @@ def scale(steps):
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    draw_scale(rows)
+
+
+def draw_scale(rows):
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     figure.suptitle(f"A step of FC ALAE on {shared.hardware(best_device())}")
     panels = figure.subplots(2, 2, sharex="col")
     for column, option in zip(panels.T, SCALE, strict=True):
         for precision in ("fp32", "bf16"):
             part = [r for r in rows if (r["option"], r["precision"]) == (option, precision)]
-            sizes = [row["size"] for row in part]
+            sizes = [int(row["size"]) for row in part]
             for axes, name in zip(column, ("images_per_s", "MiB"), strict=True):
                 axes.plot(sizes, [float(row[name]) for row in part], "o-", label=precision)
-                axes.set(xscale="log", yscale="log", ylabel=name.replace("_per_", "/"))
+                axes.set(xscale="log", ylabel=name.replace("_per_", "/"))
                 axes.set_xticks(sizes, sizes)
                 axes.minorticks_off()
                 axes.grid(alpha=0.3)
         column[1].set_xlabel(f"--{option}")
+    for axes in panels.flat:
+        axes.set_ylim(bottom=0)
     panels[0, 0].legend()
     figure.savefig(shared.ROOT / "results/scale.png", dpi=130)
 
@@ -290,6 +321,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--public", action="store_true")
     parser.add_argument("--precisions", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--scale", action="store_true")
     parser.add_argument("--waiting", action="store_true")
     own, options = sys.argv[1:], []
@@ -305,6 +337,9 @@ if __name__ == "__main__":
         scale(args.steps)
     elif args.public:
         compare_with_public_order(args.steps, options)
+    elif args.profile:
+        for name in names:
+            profile_steps(name, args.steps, options)
     elif args.precisions:
         print(
             "| experiment | bf16 / fp32 | fp32, ms | of torch.mm | bf16, ms | of torch.mm | ",
