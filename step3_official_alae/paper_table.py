@@ -68,8 +68,9 @@ def finished(folder):
 def gather(folder):
     """{(experiment, setting, section): {epochs: {split: {seed: metrics}}}} of the runs on MNIST."""
     found = [run for run in finished(folder) if run["dataset"] == "mnist" and "epochs" in run]
+    found.sort(key=lambda run: run["epochs"])
     # last, so as not to count twice, what was only evaluated once more
-    found.sort(key=lambda run: ("--eval " in run["commands"][-1], run["epochs"]))
+    found.sort(key=lambda run: "--eval " in run["commands"][-1])
     groups = {key: {} for key in METHODS}
     for run in found:
         for section in ("eval", "pixels", "untrained"):

@@ -408,7 +408,12 @@ def test_codes_of_training_images_are_what_classifiers_learn_from(toys, monkeypa
     data = toys._replace(y_train=labels[0], y_test=labels[1])
     V, mean = shared.PCA(data, 2).V, data.x_train.mean(0)
     asked = []
-    monkeypatch.setattr(shared, "code_metrics", lambda *args: asked.append(args) or {})
+
+    def spy(*arguments):
+        asked.append(arguments)
+        return {}
+
+    monkeypatch.setattr(shared, "code_metrics", spy)
     metrics = shared.PCA(data, 2).metrics(2 * V.T, V, mean, full=True)
     ((given, train_codes, test_codes, kind),) = asked
     assert given is data and kind == "short"
