@@ -170,7 +170,8 @@ def fastest_exact_matmul(device):
 def products(config, device):
     """A context in which products and convolutions are in bf16, if --precision says so.
 
-    It casts weights once, and must not outlive their update: a context for each optimizer's step.
+    It casts weights once, and keeps these casts until no other context is around it: take one for
+    each optimizer's step, and never one inside another.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
@@ -643,7 +644,7 @@ class PCA:
     """Principal components of the training images: what linear autoencoders are measured by.
 
     A linear autoencoder is E (k, d), G (d, k) and mean (d,), with x̂ = mean + G E (x − mean). Here
-    all is in float64, on the CPU; moments are mean (d,) and covariance (d, d).
+    all but the images is in float64, on the CPU.
     """
 
     def __init__(self, data, k):
@@ -658,6 +659,7 @@ class PCA:
 
     @staticmethod
     def moments(x):
+        """Mean (d,) and covariance (d, d) of x (n, d)."""
         mean = x.mean(0)
         centred = (x - mean).cpu().double()
         return mean.cpu().double(), centred.T @ centred / len(x)
@@ -692,6 +694,7 @@ class PCA:
 
     @staticmethod
     def reconstruct(x, E, G, mean):
+        """x (n, d) → x̂ (n, d)."""
         return mean.to(x) + (x - mean.to(x)) @ E.T.to(x) @ G.T.to(x)
 
     @torch.no_grad()

@@ -114,10 +114,8 @@ def train_step(nets, opt_D, opt_EG, x, config):
     """One update of D, and of E and G, from the same batch x (B, X)."""
     G, E, D = nets["G"], nets["E"], nets["D"]
     z = torch.rand(len(x), config.latent_dim, device=x.device) * 2 - 1
-    with shared.products(config, x.device):
-        real = shared.fp32(
-            D(x, to_code(E(x)))
-        )  # (B, 1); two calls: each has its own batch statistics
+    with shared.products(config, x.device):  # two calls of D: each has its own batch statistics
+        real = shared.fp32(D(x, to_code(E(x))))  # (B, 1)
         fake = shared.fp32(D(G(z), z))
     loss_D = L_D(real, fake)
     loss_EG = L_EG(real, fake)
