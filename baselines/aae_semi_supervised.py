@@ -223,16 +223,16 @@ def evaluate(nets, data, config, full=False):
     nets.eval()
     Q, P = nets["Q"], nets["P"]
 
-    def encode(x):
-        return torch.cat(code(Q, x, config), 1)
+    def encode(hidden):
+        return torch.cat(code(Q[-1:], hidden, config), 1)
 
-    train, test = shared.chunked(encode, data.x_train), shared.chunked(encode, data.x_test)
+    long = [shared.chunked(Q[:-1], x) for x in (data.x_train, data.x_test)]
+    train, test = [shared.chunked(encode, hidden) for hidden in long]
     x_rec = shared.chunked(P, test).sigmoid()
-    x_fake = shared.chunked(P, prior(10_000, test, config)).sigmoid()
+    x_fake = shared.chunked(P, prior(len(data.x_test), test, config)).sigmoid()
     metrics = shared.image_metrics(data, x_rec, x_fake)
     metrics |= shared.code_metrics(data, train, test, "short", full)
     if full:
-        long = shared.chunked(Q[:-1], data.x_train), shared.chunked(Q[:-1], data.x_test)
         metrics |= shared.code_metrics(data, *long, "long")
     if data.y_train is not None:
         y_train, y_test = train[:, : -config.latent_dim], test[:, : -config.latent_dim]

@@ -14,12 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "step3_official_alae"))
-from shared import ROOT, fail
+from shared import ROOT, Protocol, fail, load_data
 
 import paper_table
 import table
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from torch.nn.functional import interpolate, pad
 
 
 def study(folder, experiment, sweep, combined):
@@ -110,7 +112,28 @@ def clean(folder):
     return figure
 
 
+def official_resampling(_):
+    """What the official main branch makes of MNIST on its way to E, and of G's outputs."""
+    data = load_data(Protocol(), torch.device("cpu"))
+    x = torch.cat([data.images(data.x_test[data.y_test == digit][:1]) for digit in range(8)])
+    seen = interpolate(pad(x, (2, 2, 2, 2)), 28)  # its data set's 32×32, then E's first line
+    outputs = torch.ones(1, 1, 28, 28, requires_grad=True)
+    interpolate(interpolate(outputs, 32), 28).sum().backward()  # G's last line, E's first
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[4, 1.2])
+    rows = [torch.cat(list(images[:, 0]), 1) for images in (x, seen)]
+    left.imshow(torch.cat(rows), cmap="gray", interpolation="nearest")
+    left.set_xticks([])
+    left.set_yticks([14, 42], ["mnist_ref", "main"])
+    left.set_title("what E sees")
+    right.imshow(outputs.grad[0, 0], cmap="gray", vmin=0)
+    dead = int((outputs.grad == 0).sum())
+    right.set_title(f"main: {dead} of G's 784\noutputs get no gradient", fontsize=10)
+    return figure
+
+
 FIGURES = {
+    "official_resampling": (official_resampling, "assets"),
     "linear_ablation": (linear_ablation, "assets"),
     "gan_losses": (gan_losses, "assets"),
     "clean": (clean, "results/paper_table"),

@@ -11,17 +11,20 @@ decay in Step II is ours:
 A linear critic D(w) = bᵀw cannot work. Step I is convex in a = Eᵀb and its gradient at a = 0 is
 ½(⟨GFz⟩ − ⟨x⟩) = 0: on centred data the best critic is zero. Step II then has nothing to follow,
 and Step III contains no data: it asks EG = I.
-A quadratic critic D(w) = ‖Bw‖² − c, A = BᵀB, sees covariances, but is not enough. Take the slope ½
-of softplus at 0, γ = 0 and F = I. If EΣEᵀ = I, EG = I and A = 0, every gradient vanishes,
-whatever the k-dimensional space that E looks at.
+A quadratic critic D(w) = wᵀAw − c sees covariances, but A = BᵀB is not enough. Take the slope ½ of
+softplus at 0, γ = 0 and F = I. If EΣEᵀ = I, EG = I and A = 0, every gradient vanishes, whatever
+the k-dimensional space that E looks at.
 The decay ν keeps A from vanishing. Now Step I, A E(GGᵀ − Σ) = 0, gives G = ΣEᵀ; Step II gives
 EᵀA = νG; Step III EG = I. Together EΣ = AE/ν: the rows of E span an eigenspace of Σ, A = νΛ there,
 E = Λ^(−½)Vᵀ whitens, and GE is its projector. R1 only stretches: GᵀG = Λ(1 − 8γν), EEᵀ its
 inverse, as long as 8γν < 1; here that is 2/k, so k = 2 wants --gamma 0.1.
 Of these eigenspaces PCA's is the stable one in the gradient flow, linearised: a turn of eᵢ from
 eigenvector i inside towards j outside, and of gᵢ, moves by (ė, ġ) = ν (λᵢ(λⱼ e − g), λᵢ e − g),
-which dies out if λᵢ > λⱼ and λᵢλⱼ < 1. Where training with Adam ends, that does not explain: on
-Fashion-MNIST it ends above PCA, and why is open (README.md).
+which dies out if λᵢ > λⱼ and λᵢλⱼ < 1.
+On the way there A may lose a direction. While a row of E still sees little but noise, R1 weighs
+more than what D could tell there, and B's gradient, 2B∂A, vanishes with B. On Fashion-MNIST, whose
+eigenvalues differ more, eigenvalues of A then end at 0 and E misses directions. So
+A = BᵀB + φνI: D never goes blind, and as long as φ < λ_k nothing changes at rest.
 
     python step1_linear/linear_alae.py                           # MNIST, k = 10; or --k 50
     python step1_linear/linear_alae.py --preset student          # the student's, which fails
@@ -60,6 +63,7 @@ PRESETS = {
     "student": STUDENT | {"lr": 0.002, "lr_critic": 0.002, "lr_end": 1.0},  # deviation 5
     # The recipe with one thing changed: what each ingredient is for
     "critic-linear": {"critic": "linear"},  # blind on centred data
+    "no-floor": {"floor": 0.0},  # A may lose a direction
     "critic-mlp": {"critic": "mlp"},  # sees more than second moments
     "no-decay": {"decay": 0.0},  # every whitened subspace is at rest
     "decay-quarter": {"decay": 0.125},
@@ -87,6 +91,7 @@ class Config(shared.Protocol):
     lr_critic: float = option(0.001, "learning rate of D at the start (ours)", low=1e-9)
     lr_end: float = option(0.01, "the rates fall linearly to this share (ours; 1: constant)", low=0)
     critic: str = option("quadratic", "D: w → ℝ (ours)", ("linear", "quadratic", "mlp"))
+    floor: float = option(0.05, "φ, with A = BᵀB + φνI in the quadratic critic (ours)", low=0)
     adversarial: str = option("softplus", "paper's, or its tangent x/2", ("softplus", "tangent"))
     penalty: str = option("r1", "‖∇ₓD‖² (paper), (‖∇ₓD‖ − 1)² (the student's)", ("r1", "unit"))
     gamma: float = option(0.5, "γ/2 times the penalty in Step I (ours; paper: 10)", low=0)
@@ -111,15 +116,16 @@ class Scaling(nn.Module):
 
 
 class Quadratic(nn.Module):
-    """D(w) = ‖Bw‖² − c."""
+    """D(w) = wᵀAw − c, A = BᵀB + floor I."""
 
-    def __init__(self, k):
+    def __init__(self, k, floor):
         super().__init__()
         self.B = nn.Parameter(0.1 * torch.eye(k))
         self.c = nn.Parameter(torch.zeros(()))
+        self.floor = floor
 
     def forward(self, w):
-        return (w @ self.B.T).square().sum(1) - self.c
+        return (w @ self.B.T).square().sum(1) + self.floor * w.square().sum(1) - self.c
 
 
 def build(config, x):
@@ -135,7 +141,7 @@ def build(config, x):
     if config.critic == "linear":
         D = nn.Sequential(nn.Linear(k, 1), nn.Flatten(0))
     elif config.critic == "quadratic":
-        D = Quadratic(k)
+        D = Quadratic(k, config.floor * config.decay / k)
     else:
         D = nn.Sequential(nn.Linear(k, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1), nn.Flatten(0))
     scaling = Scaling(mean, config.scale or (k / energy) ** 0.5)

@@ -157,14 +157,13 @@ def prior(n, config, device):
 
 def evaluate(nets, data, config, full=False):
     F, G, E = nets["F"], nets["G"], nets["E"]
-    z = prior(10_000, config, data.x_test.device)
-    x_rec = shared.chunked(nn.Sequential(E, G), data.x_test)
+    long = [shared.chunked(E[:4], x) for x in (data.x_train, data.x_test)]
+    short = [shared.chunked(E[4:], hidden) for hidden in long]
+    z = prior(len(data.x_test), config, data.x_test.device)
     x_fake = shared.chunked(nn.Sequential(F, G), z)
-    metrics = shared.image_metrics(data, x_rec, x_fake)
-    short = shared.chunked(E, data.x_train), shared.chunked(E, data.x_test)
+    metrics = shared.image_metrics(data, shared.chunked(G, short[1]), x_fake)
     metrics |= shared.code_metrics(data, *short, "short", full)
     if full:
-        long = shared.chunked(E[:4], data.x_train), shared.chunked(E[:4], data.x_test)
         metrics |= shared.code_metrics(data, *long, "long")
     return metrics
 

@@ -126,20 +126,17 @@ def prior(n, nets, data, config):
 
 
 def evaluate(nets, data, config, full=False):
-    def to_z(x):
-        return encode(nets, x, config)
-
     def to_x(z):
         return decode(nets, z, config)
 
-    short = shared.chunked(to_z, data.x_train), shared.chunked(to_z, data.x_test)
+    E, Z = nets["E"], config.latent_dim
+    long = [shared.chunked(E[:4], x) for x in (data.x_train, data.x_test)]
+    short = [shared.chunked(E[4:], hidden)[:, :Z] for hidden in long]
     x_rec = shared.chunked(to_x, short[1])
-    x_fake = shared.chunked(to_x, prior(10_000, nets, data, config))
+    x_fake = shared.chunked(to_x, prior(len(data.x_test), nets, data, config))
     metrics = shared.image_metrics(data, x_rec, x_fake)
     metrics |= shared.code_metrics(data, *short, "short", full)
     if full:
-        E = nets["E"]
-        long = shared.chunked(E[:4], data.x_train), shared.chunked(E[:4], data.x_test)
         metrics |= shared.code_metrics(data, *long, "long")
     return metrics
 

@@ -161,13 +161,13 @@ def evaluate(nets, data, config, full=False):
     settle(nets, data.x_train, config)
     nets.eval()
     G, E = nets["G"], nets["E"]
-    short = shared.chunked(E, data.x_train), shared.chunked(E, data.x_test)
+    long = [shared.chunked(E[:5], x) for x in (data.x_train, data.x_test)]
+    short = [shared.chunked(E[5:], hidden) for hidden in long]
     x_rec = shared.chunked(G, to_code(short[1]))
-    x_fake = shared.chunked(G, prior(10_000, config, data.x_test.device))
+    x_fake = shared.chunked(G, prior(len(data.x_test), config, data.x_test.device))
     metrics = shared.image_metrics(data, x_rec, x_fake)
     metrics |= shared.code_metrics(data, *short, "short", full)
     if full:
-        long = shared.chunked(E[:5], data.x_train), shared.chunked(E[:5], data.x_test)
         metrics |= shared.code_metrics(data, *long, "long")
     nets.train()
     return metrics

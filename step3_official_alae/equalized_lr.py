@@ -231,13 +231,12 @@ def compare_updates(run, nets, before):
 def evaluate(nets, data, config, full=False):
     """The same few metrics of each way, under its name."""
     metrics, generator = {}, torch.Generator().manual_seed(0)
-    z = torch.randn(10_000, config.latent_dim, generator=generator).to(data.x_test.device)
+    z = torch.randn(len(data.x_test), config.latent_dim, generator=generator).to(data.x_test)
     for way in WAYS:
         F, G, E, _ = nets[way].values()
-        x_rec = shared.chunked(nn.Sequential(E, G), data.x_test)
+        short = [shared.chunked(E, x) for x in (data.x_train, data.x_test)]
         x_fake = shared.chunked(nn.Sequential(F, G), z)
-        short = shared.chunked(E, data.x_train), shared.chunked(E, data.x_test)
-        found = shared.image_metrics(data, x_rec, x_fake)
+        found = shared.image_metrics(data, shared.chunked(G, short[1]), x_fake)
         found |= shared.code_metrics(data, *short, "short", full=False)
         metrics |= {name.replace("eval", way): value for name, value in found.items()}
     return metrics
