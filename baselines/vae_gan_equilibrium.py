@@ -18,14 +18,11 @@ Expect (MNIST, a quarter of the width): published, constant reconstructions; lea
 
 Deviations from the public code as of its last commits of main.py and network.py:
  1. It adds 0.001 inside the logarithms of L_GAN; here softplus(−l) = −log σ(l) of Dis's logit l.
- 2. It steps Enc, then Dec, then Dis, with gradients of losses that were there before the first
-    step. Here the same gradients, of one backward pass through Dis for each loss.
- 3. It crops faces to their middle 148×148 pixels, smooths them, and resizes them by cubic
+ 2. It crops faces to their middle 148×148 pixels, smooths them, and resizes them by cubic
     interpolation. Here the largest central square (178×178), by Lanczos.
- 4. Its README has a learning rate of 1e-4, its code 3e-4. The README's counts.
- 5. Its one-pass version has x̃ in L_GAN and asks ½‖Dis_l(x) − Dis_l(x_p)‖² of Enc and Dec as
-    well. Here --joint is the pass alone.
- 6. With --gan-reconstruction x̃ joins the second pass; the rule sees x and x_p, as there.
+ 3. Its README has a learning rate of 1e-4, its code 3e-4. The README's counts.
+ 4. Its one-pass version also has x̃ in L_GAN and compares x_p with x; --joint is the pass alone.
+ 5. With --gan-reconstruction x̃ joins the second pass; the rule still looks at x and x_p.
 """
 
 import sys
@@ -116,8 +113,7 @@ def build(config, C):
         return [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b, momentum=momentum), relu]
 
     def down(a, b):  # half the side
-        conv = nn.Conv2d(a, b, 5, 2, 2, bias=False)
-        return [conv, nn.BatchNorm2d(b, momentum=momentum), relu]
+        return [nn.Conv2d(a, b, 5, 2, 2, bias=False), nn.BatchNorm2d(b, momentum=momentum), relu]
 
     def up(a, b):  # twice the side
         conv = nn.ConvTranspose2d(a, b, 5, 2, 2, 1, bias=False)
@@ -193,9 +189,7 @@ def discriminate(Dis, x, x_rec, x_p, config):
         logits = shared.fp32(Dis[1](features)).chunk(3)
         return f, f_rec, logits if config.gan_reconstruction else logits[:2]
     f_rec, f = Dis[0](torch.cat([x_rec, x])).chunk(2)
-    judged = [x, x_p]
-    if config.gan_reconstruction:
-        judged.append(x_rec)
+    judged = [x, x_p, x_rec] if config.gan_reconstruction else [x, x_p]
     return f, f_rec, shared.fp32(Dis(torch.cat(judged))).chunk(len(judged))
 
 
@@ -235,10 +229,9 @@ def train_step(nets, opts, x, config):
     g_llike = grad(llike, leaves, retain_graph=True, materialize_grads=True)
     if config.swapped_labels:  # −log(1 − Dis(x)) − log Dis(x_p): the logits change their signs
         swapped = cross_entropies([-part for part in logits]).sum()
-        g_gan = grad(swapped, leaves, retain_graph=True, materialize_grads=True)
+        asked = grad(swapped, leaves, retain_graph=True, materialize_grads=True)
     *g_Dis, g_rec, g_p = grad(gan, [*Dis.parameters(), *leaves], materialize_grads=True)
-    if not config.swapped_labels:
-        g_gan = -g_rec, -g_p
+    g_gan = asked if config.swapped_labels else (-g_rec, -g_p)
     if train_Dis:
         descend(opts["Dis"], g_Dis, config)
     # What L_llike asks of z, through Dec, whose weights get nothing of it.
@@ -325,14 +318,13 @@ def main(config):
         nets.to(memory_format=torch.channels_last)
     opts = {name: RMSprop(net.parameters(), config.lr, config.alpha) for name, net in nets.items()}
     parts = {"nets": nets} | {f"opt_{name}": opt for name, opt in opts.items()}
-    x_train = data.x_train
 
-    run = shared.Run(config, device, nets, len(x_train) // config.batch_size)  # its own
+    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)  # its own
     for epoch in run.epochs(parts):
         for opt in opts.values():  # its own
             opt.param_groups[0]["lr"] = config.lr * config.lr_decay ** (epoch - 1)  # its own
         for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
-            x = enlarge(data.images(x_train[i]), config)  # its own
+            x = enlarge(data.images(data.x_train[i]), config)  # its own
             losses = train_step(nets, opts, x, config)  # its own
             run.step(losses, len(i))
         run.log_losses()
