@@ -205,9 +205,8 @@ def vae_step(nets, opts, x, config):
 
 def enlarge(images, config):
     """Images (B, C, H, W) in [0, 1] → what the nets see, (B, C, S, S) in [−1, 1]."""
-    S = config.image_size
-    if images.shape[-1] != S:
-        images = interpolate(images, (S, S), mode="bicubic").clamp(0, 1)
+    if images.shape[-1] != config.image_size:
+        images = interpolate(images, config.image_size, mode="bicubic").clamp(0, 1)
     return 2 * images - 1
 
 
@@ -290,7 +289,9 @@ def draw(run, data, config):
         what = f"epoch {run.epoch}: a direction added to μ, the difference of the mean codes"
         run.picture("arithmetic", shared.grid(data.images(rows), 10, what, names))
     if len(run.history.get("losses", [])) > 1 and run.epoch == config.epochs:
-        figure = shared.curves(run.history["losses"], "iteration", f"{title}: means of 20 losses")
+        figure = shared.curves(
+            run.history["losses"], "iteration", f"{title}: means of 20 iterations"
+        )
         run.picture("losses", figure)
     run.nets.train()
 

@@ -249,9 +249,8 @@ def train_step(nets, opts, x, config):
 
 def enlarge(images, config):
     """Images (B, C, H, W) in [0, 1] → what the nets see, (B, C, S, S) in [−1, 1]."""
-    S = config.image_size
-    if images.shape[-1] != S:
-        images = interpolate(images, (S, S), mode="bicubic").clamp(0, 1)
+    if images.shape[-1] != config.image_size:
+        images = interpolate(images, config.image_size, mode="bicubic").clamp(0, 1)
     return 2 * images - 1
 
 
