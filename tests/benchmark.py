@@ -258,17 +258,17 @@ def public_order_step(nets, opts, x, config):
     mu, _, x_rec = autoencode()
     x_p = Dec(torch.randn_like(mu))
     _, logits = features_and_logits(x, x_rec, x_p)
-    update("Dis", vae_gan.cross_entropies(logits, config).sum())
+    update("Dis", vae_gan.L_GAN(logits))
 
     _, logits = features_and_logits(x, x_rec, x_p)
-    gan = vae_gan.cross_entropies(logits, config).sum()
+    gan = vae_gan.L_GAN(logits)
     features, _ = features_and_logits(x, x_rec)
-    update("Dec", config.gamma * vae_gan.L_llike(*features, "mean") - gan)
+    update("Dec", config.gamma * vae_gan.L_llike(*features) - gan)
 
     mu, log_var, x_rec = autoencode()
     features, _ = features_and_logits(x, x_rec)
-    llike = vae_gan.L_llike(*features, "mean")
-    update("Enc", vae_gan.L_prior(mu, log_var, "mean") + config.gamma_enc * llike)
+    llike = vae_gan.L_llike(*features)
+    update("Enc", vae_gan.kl(mu, log_var).mean() + config.gamma_enc * llike)
 
 
 def compare_with_public_order(steps, options):

@@ -1,4 +1,4 @@
-"""VAE-GAN: the public nets layer by layer, each net's gradient, who trains when, evaluation."""
+"""VAE-GAN: the public nets layer by layer, initial weights, each net's gradient, evaluation."""
 
 import shared
 
@@ -19,17 +19,15 @@ TABLES = {
     "Dec": [(16384,)] * 3 + [(256, 16, 16)] * 3 + [(128, 32, 32)] * 3 + [(32, 64, 64)] * 3,
 }
 LAST = {"Enc": [(128,)] * 2, "Dis": [(512,)] * 3 + [(1,)], "Dec": [(1, 64, 64)] * 2}
-BOTH = ("rishabhd786", "lucabergamini")
 
 
-def configure(preset="rishabhd786", **changes):
-    """A preset with nets and images small enough for a test."""
-    small = {"width": 1 / 32, "image_size": 32, "latent_dim": 3, "preset": preset}
-    return vae_gan.Config(**vae_gan.PRESETS[preset] | small | changes)
+def configure(**changes):
+    """Settings with nets and images small enough for a test."""
+    return vae_gan.Config(**{"width": 1 / 32, "image_size": 32, "latent_dim": 3} | changes)
 
 
-def full_size(preset, C):
-    config = configure(preset, width=1.0, image_size=64, latent_dim=128)
+def full_size(C):
+    config = configure(width=1.0, image_size=64, latent_dim=128)
     with torch.device("meta"):
         return vae_gan.build(config, C)
 
@@ -52,37 +50,58 @@ def shapes(net, x):
 
 
 def test_layers_are_rishabhd786s():
-    nets = full_size("rishabhd786", 1)
+    nets = full_size(1)
     x, z = torch.empty(64, 1, 64, 64, device="meta"), torch.empty(64, 128, device="meta")
     for name, net in nets.items():
         assert shapes(net, z if name == "Dec" else x) == TABLES[name] + LAST[name]
     assert nets["Dis"][0](x).shape == (64, 256, 8, 8)  # Dis_l is the fourth block
 
 
-@pytest.mark.parametrize(
-    "preset, C, sizes",
-    [
-        ("rishabhd786", 1, [35_112_064, 5_834_753, 10_953_409]),
-        ("rishabhd786", 3, [35_112_064 + 3200, 5_834_753 + 1602, 10_953_409 + 1600]),
-        ("lucabergamini", 3, [18_071_360, 4_693_155, 10_953_857]),
-    ],
-)
-def test_sizes(preset, C, sizes):
-    nets = full_size(preset, C)
-    assert [sum(p.numel() for p in net.parameters()) for net in nets.values()] == sizes
+@pytest.mark.parametrize("C, more", [(1, (0, 0, 0)), (3, (3200, 1602, 1600))])
+def test_sizes(C, more):
+    nets = full_size(C)
+    public = 35_112_064, 5_834_753, 10_953_409
+    sizes = [sum(p.numel() for p in net.parameters()) for net in nets.values()]
+    assert sizes == [size + extra for size, extra in zip(public, more, strict=True)]
     assert {m.momentum for m in nets.modules() if hasattr(m, "momentum")} == {0.9}
-    kind = nn.LeakyReLU if preset == "rishabhd786" else nn.Conv2d  # after or before batch norm
-    assert isinstance(nets["Dis"][0][-1], kind)
+    assert isinstance(nets["Dis"][0][-1], nn.LeakyReLU)  # features after batch norm
 
 
 @pytest.mark.parametrize("size", (32, 64))
-@pytest.mark.parametrize("preset", BOTH)
-def test_width_and_image_size(preset, size):
-    config = configure(preset, width=0.125, image_size=size, bn_momentum=0.2)
+def test_width_and_image_size(size):
+    config = configure(width=0.125, image_size=size, bn_momentum=0.2)
     nets, x = vae_gan.build(config, 3), torch.rand(2, 3, size, size)
     assert nets["Dec"](nets["Enc"](x)[0]).shape == x.shape and nets["Dis"](x).shape == (2, 1)
     assert nets["Enc"][0].out_channels == 8 and nets["Dis"][0][0].out_channels == 4
     assert {m.momentum for m in nets.modules() if hasattr(m, "momentum")} == {0.2}
+
+
+def test_initial_weights():
+    """Convolutions and batch norm of Enc and Dec are rishabhd786's; all else is PyTorch's."""
+    torch.manual_seed(0)
+    ours = vae_gan.build(configure(width=0.25), 1)
+    torch.manual_seed(0)
+    usual = vae_gan.build(configure(width=0.25, init="pytorch"), 1)
+    for name in ("Enc", "Dec"):
+        for layer, other in zip(ours[name].modules(), usual[name].modules(), strict=True):
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+                n = layer.weight.numel()
+                assert abs(layer.weight.mean()) < 4 * 0.02 / n**0.5
+                assert layer.weight.std().item() == pytest.approx(0.02, rel=4 / n**0.5)
+                assert layer.bias.equal(other.bias)
+            elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                n = layer.weight.numel()
+                assert layer.weight.mean().item() == pytest.approx(1, abs=4 * 0.02 / n**0.5)
+                assert layer.weight.std().item() == pytest.approx(0.02, rel=4 / n**0.5)
+                assert not layer.bias.any() and other.weight.eq(1).all()
+            elif isinstance(layer, nn.Linear):
+                assert layer.weight.equal(other.weight)
+    for layer in ours["Dis"].modules():
+        if isinstance(layer, nn.Conv2d):
+            bound = layer.weight[0].numel() ** -0.5  # of a uniform distribution
+            assert 0.9 * bound < layer.weight.abs().max() <= bound
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            assert layer.weight.eq(1).all()
 
 
 @pytest.mark.parametrize("size", (32, 64))
@@ -103,47 +122,31 @@ def test_images_are_enlarged_and_reduced(size):
 def test_losses():
     mu, log_var = torch.randn(2, 7, 5)
     standard = Normal(torch.zeros(5), torch.ones(5))
-    kl = kl_divergence(Normal(mu, (log_var / 2).exp()), standard)
-    torch.testing.assert_close(vae_gan.L_prior(mu, log_var, "sum"), kl.sum())
-    torch.testing.assert_close(vae_gan.L_prior(mu, log_var, "mean"), kl.mean())
-    log_p = Normal(mu, 1).log_prob
-    ratio = (log_p(mu) - log_p(log_var)).sum()
-    torch.testing.assert_close(vae_gan.L_llike(log_var, mu, "sum"), ratio)
+    expected = kl_divergence(Normal(mu, (log_var / 2).exp()), standard)
+    torch.testing.assert_close(vae_gan.kl(mu, log_var), expected)
     mean = (log_var - mu).square().mean()
-    torch.testing.assert_close(vae_gan.L_llike(log_var, mu, "mean"), mean)
-    logits, expected = torch.randn(3, 7, 1), []
+    torch.testing.assert_close(vae_gan.L_llike(log_var, mu), mean)
+    logits, expected = torch.randn(3, 7, 1), 0
     for part, real in zip(logits, (1.0, 0.0, 0.0), strict=True):
-        expected.append(binary_cross_entropy_with_logits(part, torch.full_like(part, real)))
-    expected = torch.stack(expected)
-    torch.testing.assert_close(vae_gan.cross_entropies(logits, configure()), expected)
-    without = configure(gan_reconstruction=False)
-    torch.testing.assert_close(vae_gan.cross_entropies(logits, without), expected[::2])
+        expected += binary_cross_entropy_with_logits(part, torch.full_like(part, real))
+    torch.testing.assert_close(vae_gan.L_GAN(logits), expected)
 
 
-def written(nets, x, noise, config):
+def written(nets, x, noise):
     """The three losses as they are written, with sigmoids, x̃ and x_p part of one graph."""
     mu, log_var = nets["Enc"](x)
     s = (log_var / 2).exp()
     x_rec, x_p = nets["Dec"](mu + s * noise[0]), nets["Dec"](noise[1])
-    if config.preset == "lucabergamini":
-        joined = nets["Dis"][0](torch.cat([x, x_rec, x_p]))
-        f = joined.chunk(3)
-        D = nets["Dis"][1](joined).sigmoid().chunk(3)
-    else:
-        f = [nets["Dis"][0](part) for part in (x, x_rec, x_p)]
-        D = [nets["Dis"][1](part).sigmoid() for part in f]
+    f = [nets["Dis"][0](part) for part in (x, x_rec, x_p)]
+    D = [nets["Dis"][1](part).sigmoid() for part in f]
     kl = kl_divergence(Normal(mu, s), Normal(torch.zeros_like(mu), torch.ones_like(mu)))
-    terms = [D[0].log(), (1 - D[1]).log(), (1 - D[2]).log()]
-    error = (f[0] - f[1]).square()
-    if config.preset == "rishabhd786":
-        return kl.mean(), error.mean(), -sum(terms).mean()
-    return kl.sum(), error.sum() / 2, -(terms[0] + terms[2]).sum()
+    gan = -(D[0].log() + (1 - D[1]).log() + (1 - D[2]).log()).mean()
+    return kl.mean(), (f[0] - f[1]).square().mean(), gan
 
 
-@pytest.mark.parametrize("preset", BOTH)
-def test_each_net_gets_the_gradient_of_its_loss_alone(preset):
+def test_each_net_gets_the_gradient_of_its_loss_alone():
     torch.manual_seed(0)
-    config = configure(preset, margin=0.0)
+    config = configure()
     nets = vae_gan.build(config, 1).double()
     x = torch.rand(6, 1, 32, 32).double() * 2 - 1
     before = {name: value.clone() for name, value in nets.state_dict().items()}
@@ -154,12 +157,10 @@ def test_each_net_gets_the_gradient_of_its_loss_alone(preset):
     nets.load_state_dict(before)
     torch.manual_seed(1)
     noise = [torch.randn(6, 3, dtype=torch.double) for _ in range(2)]
-    prior, llike, gan = written(nets, x, noise, config)
+    prior, llike, gan = written(nets, x, noise)
     assert list(losses) == ["L_prior", "L_llike", "L_GAN"]
     torch.testing.assert_close(list(losses.values()), [prior, llike, gan])
     wanted = {"Enc": prior + 5 * llike, "Dec": 15 * llike - gan, "Dis": gan}
-    if preset == "lucabergamini":
-        wanted |= {"Enc": prior + llike, "Dec": 1e-6 * llike - (1 - 1e-6) * gan}
     scale = max(float(loss.abs()) for loss in losses.values())
     for name, loss in wanted.items():
         gradients = grad(loss, [*nets[name].parameters()], retain_graph=True)
@@ -170,35 +171,6 @@ def test_each_net_gets_the_gradient_of_its_loss_alone(preset):
     assert_same(counts, {name: v for name, v in nets.named_buffers() if "tracked" in name})
 
 
-@pytest.mark.parametrize(
-    "terms, dis, dec",
-    [
-        ((0.69, 0.69), True, True),
-        ((0.32, 0.69), False, True),
-        ((0.69, 0.32), False, True),
-        ((1.04, 0.69), True, False),
-        ((0.69, 1.04), True, False),
-        ((0.32, 1.04), True, True),
-        ((0.34, 1.02), True, True),
-    ],
-)
-def test_who_trains(terms, dis, dec, monkeypatch):
-    config, terms = configure("lucabergamini"), torch.tensor(terms)
-    assert vae_gan.who_trains(terms, config) == (dis, dec)
-    assert vae_gan.who_trains(terms, configure()) == (True, True)
-
-    def cross_entropies(logits, _):
-        return terms + 0 * torch.cat(logits).mean()
-
-    monkeypatch.setattr(vae_gan, "cross_entropies", cross_entropies)
-    nets, order = vae_gan.build(config, 1), []
-    opts = sgd(nets, 1e-9)
-    for name, optimizer in opts.items():
-        optimizer.step = lambda name=name: order.append(name)
-    vae_gan.train_step(nets, opts, torch.rand(4, 1, 32, 32), config)
-    assert order == ["Dis"] * dis + ["Dec"] * dec + ["Enc"]
-
-
 def test_a_vae_is_gaussian_in_the_pixels():
     torch.manual_seed(0)
     config = configure(method="vae")
@@ -207,7 +179,7 @@ def test_a_vae_is_gaussian_in_the_pixels():
     opts = sgd(nets, 1e-4)
     nets["Dec"].register_forward_hook(lambda _, __, out: seen.append(out.detach()))
     mu, log_var = nets["Enc"](x)
-    prior = vae_gan.L_prior(mu, log_var, "sum") / 4
+    prior = vae_gan.kl(mu, log_var).sum() / 4
     first = vae_gan.vae_step(nets, opts, x, config)
     torch.testing.assert_close(first["L_prior"], prior.detach())
     torch.testing.assert_close(first["L_llike"], (x - seen[0]).square().sum() / 2 / 4)
@@ -219,7 +191,9 @@ def test_a_vae_is_gaussian_in_the_pixels():
 # Training
 
 
-def test_main_gives_the_rates_their_decay_and_stops_at_max_steps(monkeypatch, tmp_path, cheap):
+def test_main_gives_the_rates_stops_at_max_steps_and_shrinks_a_smoke_run(
+    monkeypatch, tmp_path, cheap
+):
     rates, sizes = [], []
 
     def train_step(nets, opts, x, config):
@@ -231,23 +205,18 @@ def test_main_gives_the_rates_their_decay_and_stops_at_max_steps(monkeypatch, tm
     monkeypatch.setattr(vae_gan, "evaluate", lambda *_, **__: {"eval/recon_mse": 0.0})
     monkeypatch.setattr(vae_gan, "draw", lambda *_: None)
     options = ["--smoke", "--width", 1, "--image-size", 64, "--out-dir", tmp_path]
-    train(monkeypatch, vae_gan, *options, "--lr-decay", 0.75, "--max-steps", 4)
-    assert set(sizes) == {((64, 1, 32, 32), -1.0, 1 / 16)}  # a smoke run's nets are small
-    assert len(rates) == 2 * 4
-    first, last = {"Enc": 3e-4, "Dec": 3e-4, "Dis": 3e-5}, {"Enc": 2.25e-4, "Dec": 2.25e-4}
-    assert rates[:4] == [pytest.approx(first)] * 4
-    assert rates[4:] == [pytest.approx(last | {"Dis": 2.25e-5})] * 4
+    train(monkeypatch, vae_gan, *options, "--max-steps", 4)
+    assert set(sizes) == {((64, 1, 32, 32), -1.0, 1 / 16)}
+    assert rates == [pytest.approx({"Enc": 3e-4, "Dec": 3e-4, "Dis": 3e-5})] * 8
 
 
-def test_presets_fill_defaults():
-    def parsed(*words):
-        return shared.parse_config(vae_gan.Config, vae_gan.PRESETS, list(words))
-
-    config = parsed("--preset=lucabergamini", "--lr=0.1")
-    assert (config.lr, config.alpha, config.lr_decay, config.dis_lr) == (0.1, 0.9, 0.75, 1.0)
-    assert (config.reduction, config.gamma_enc, config.lambda_mse) == ("sum", 1.0, 1e-6)
-    assert not config.gan_reconstruction and config.margin == 0.35
-    assert parsed().preset == "rishabhd786" and parsed("--image_size=64").image_size == 64
+def test_losses_are_kept_by_iteration():
+    losses = [{"L_prior": torch.tensor(float(i)), "L_GAN": torch.tensor(0.5)} for i in range(47)]
+    rows = vae_gan.means_of_20(losses, 100)
+    assert rows == [
+        {"iteration": 120, "L_prior": 9.5, "L_GAN": 0.5},
+        {"iteration": 140, "L_prior": 29.5, "L_GAN": 0.5},
+    ]
 
 
 # Evaluation
@@ -266,8 +235,8 @@ def small():
 
 def test_what_evaluate_measures(small, monkeypatch):
     config, data, nets = small
-    before, given, prior = state_of(nets), record(monkeypatch), vae_gan.prior
-    monkeypatch.setattr(vae_gan, "prior", lambda n, *rest: prior(n // 50, *rest))  # of 10,000
+    before, given, prior = state_of(nets), record(monkeypatch), vae_gan.sample_prior
+    monkeypatch.setattr(vae_gan, "sample_prior", lambda n, *rest: prior(n // 50, *rest))
     vae_gan.evaluate(nets, data, config, full=True)
     assert_same(before, state_of(nets))
 
@@ -296,7 +265,7 @@ def test_what_evaluate_measures(small, monkeypatch):
 def test_the_floor_is_of_mnist_alone(small, monkeypatch):
     config, data, nets = small
     monkeypatch.setattr(shared, "code_metrics", lambda *_, **__: {})
-    monkeypatch.setattr(vae_gan, "prior", lambda *_: torch.zeros(100, 3))
+    monkeypatch.setattr(vae_gan, "sample_prior", lambda *_: torch.zeros(100, 3))
     assert "eval/fid_floor" in vae_gan.evaluate(nets, data, config, full=True)
     other = vae_gan.evaluate(nets, data._replace(name="fashion_mnist"), config, full=True)
     assert other.keys() == {"eval/recon_mse"}
@@ -305,10 +274,12 @@ def test_the_floor_is_of_mnist_alone(small, monkeypatch):
 def test_drawing_leaves_the_nets_alone(small):
     config, data, nets = small
     before, run = state_of(nets), fake_run(nets, config)
+    run.history = {"losses": [{"iteration": i, "L_GAN": 1.0} for i in (20, 40)]}
     vae_gan.draw(run, data, config)
     assert_same(before, state_of(nets))
-    assert run.names == ["samples", "reconstructions", "arithmetic"]
+    assert run.names == ["samples", "reconstructions", "arithmetic", "losses"]
     run.names.clear()
+    run.history = {}  # of an evaluated model
     vae_gan.draw(run, data._replace(y_train=None), config)
     run.epoch = 0  # not the last
     vae_gan.draw(run, data, config)

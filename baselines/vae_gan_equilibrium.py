@@ -1,0 +1,340 @@
+"""VAE-GAN with an equilibrium rule, github.com/lucabergamini/VAEGAN-PYTORCH; paper: 1512.09300.
+
+The losses are those of vae_gan.py, but sums over features, codes and batch; the reconstruction
+x̃ = Dec(z), z ~ N(μ, diag s²), is left out of L_GAN; and who is far ahead of the other rests:
+
+    L_prior = ½ Σ (μ² + s² − 1 − log s²)                                                   (eq. 4)
+    L_llike = ½ ‖Dis_l(x) − Dis_l(x̃)‖²                                               (eqs. 7, 8)
+    L_GAN   = −log Dis(x) − log(1 − Dis(x_p)),  x_p = Dec(z_p), z_p ~ N(0, I)             (eq. 10)
+    Enc minimises L_prior + L_llike, Dec λ L_llike − (1 − λ) L_GAN, Dis L_GAN, all at once.
+    Dis rests if a mean term of L_GAN is below 0.68 − 0.35, Dec if one is above 0.68 + 0.35, but
+    never both.
+
+    python baselines/vae_gan_equilibrium.py                    # as published
+    python baselines/vae_gan_equilibrium.py --preset learns    # for small nets on MNIST
+    python baselines/vae_gan_equilibrium.py --dataset folder:PATH --epochs 13   # faces, on a GPU
+
+Expect (MNIST, a quarter of the width): published, constant reconstructions; learns, digits.
+
+Deviations from the public code as of its last commits of main.py and network.py:
+ 1. It adds 0.001 inside the logarithms of L_GAN; here softplus(−l) = −log σ(l) of Dis's logit l.
+ 2. It crops faces to their middle 148×148 pixels, smooths them, and resizes them by cubic
+    interpolation. Here the largest central square (178×178), by Lanczos.
+ 3. Its README has a learning rate of 1e-4, its code 3e-4. The README's counts.
+ 4. Its one-pass version also has x̃ in L_GAN and compares x_p with x; --joint is the pass alone.
+ 5. With --gan-reconstruction x̃ joins the second pass; the rule still looks at x and x_p.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import shared
+from shared import option
+
+import torch
+from torch import nn
+from torch.autograd import grad
+from torch.nn.functional import interpolate, softplus
+from torch.optim import RMSprop
+
+LEARNS = {"lr": 3e-4, "lr_decay": 1.0, "gamma_enc": 10.0, "lambda_mse": 1e-2}
+PRESETS = {
+    "published": {},
+    "learns": LEARNS,
+    # Published, one thing changed
+    "rate": {"lr": 3e-4},  # its code's
+    "no-decay": {"lr_decay": 1.0},  # an epoch of CelebA is as long as three of MNIST
+    "rate-no-decay": {"lr": 3e-4, "lr_decay": 1.0},
+    "gamma": {"gamma_enc": 10.0},  # few features weigh little against L_prior
+    "lambda": {"lambda_mse": 1e-2},  # at 1e-6 Dec sees L_GAN alone
+    "no-rule": {"margin": 0.0},  # Dis rests in most steps
+    "momentum": {"bn_momentum": 0.1},  # of batch norm, as PyTorch has it
+    "init": {"init": "pytorch"},
+    "joint": {"joint": True},
+    # Learns, one thing as published
+    "learns-rate": LEARNS | {"lr": 1e-4},
+    "learns-decay": LEARNS | {"lr_decay": 0.75},
+    "learns-gamma": LEARNS | {"gamma_enc": 1.0},
+    "learns-lambda": LEARNS | {"lambda_mse": 1e-6},
+}
+
+
+@dataclass
+class Config(shared.Protocol):
+    preset: str = option("published", "the public code's settings, or others", tuple(PRESETS))
+    epochs: int = option(4, "passes over the training images (its README: 13 of CelebA)", low=0)
+    eval_every: int = option(1, "epochs between cheap evaluations, and pictures", low=1)
+    batch_size: int = option(64, "images per iteration", low=2)
+    width: float = option(0.0, "factor of all channels; 0: 1 on a GPU, else 0.25", low=0)
+    image_size: int = option(0, "pixels of a side; 0: 64 on a GPU, else 32", (0, 32, 64))
+    latent_dim: int = option(128, "dimension of z", low=1)
+    init: str = option("uniform", "initial weights: its own, or PyTorch's", ("uniform", "pytorch"))
+    lr: float = option(1e-4, "learning rate of RMSprop (its README; its code: 3e-4)", low=1e-9)
+    lr_decay: float = option(0.75, "factor of the rate from epoch to epoch", low=0)
+    alpha: float = option(0.9, "RMSprop's smoothing", low=0)
+    clip: float = option(
+        0.0, "gradients are clipped to ±this (its README: 1, unused); 0: not", low=0
+    )
+    bn_momentum: float = option(0.9, "a batch's share in batch norm's running statistics", low=0)
+    gamma_enc: float = option(1.0, "weight of L_llike in Enc's loss", low=0)
+    lambda_mse: float = option(1e-6, "λ: weight of L_llike in Dec's loss", low=0)
+    margin: float = option(0.35, "of the equilibrium rule; 0: both always train", low=0)
+    joint: bool = option(False, "one pass of Dis over x, x̃, x_p, as in its first version")
+    gan_reconstruction: bool = option(False, "x̃ is in L_GAN (the paper's; its README: worse)")
+    swapped_labels: bool = option(False, "Dec minimises L_GAN of swapped labels, not −L_GAN")
+    precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
+
+
+# B batch, Z = latent_dim, the nets' images (B, C, S, S) in [−1, 1], data (B, X) in [0, 1]
+
+
+class Heads(nn.Module):
+    """The two last layers of Enc: h → μ, log s²."""
+
+    def __init__(self, H, Z):
+        super().__init__()
+        self.mu = nn.Linear(H, Z)
+        self.log_var = nn.Linear(H, Z)
+
+    def forward(self, h):
+        return shared.fp32(self.mu(h)), shared.fp32(self.log_var(h))
+
+
+def build(config, C):
+    """Enc, Dec and Dis = (layers up to Dis_l, the rest up to the logit)."""
+    Z, s, momentum = config.latent_dim, config.image_size // 8, config.bn_momentum
+    sizes = [max(1, round(config.width * n)) for n in (32, 64, 128, 256, 512, 1024)]
+    n32, n64, n128, n256, n512, n1024 = sizes
+    relu = nn.ReLU(inplace=True)
+
+    def dense(a, b):
+        return [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b, momentum=momentum), relu]
+
+    def down(a, b):  # half the side
+        return [nn.Conv2d(a, b, 5, 2, 2, bias=False), nn.BatchNorm2d(b, momentum=momentum), relu]
+
+    def up(a, b):  # twice the side
+        conv = nn.ConvTranspose2d(a, b, 5, 2, 2, 1, bias=False)
+        return [conv, nn.BatchNorm2d(b, momentum=momentum), relu]
+
+    Enc = nn.Sequential(
+        *down(C, n64),
+        *down(n64, n128),
+        *down(n128, n256),
+        nn.Flatten(),
+        *dense(n256 * s * s, n1024),
+        Heads(n1024, Z),
+    )
+    Dec = nn.Sequential(
+        *dense(Z, n256 * s * s),
+        nn.Unflatten(1, (n256, s, s)),
+        *up(n256, n256),
+        *up(n256, n128),
+        *up(n128, n32),
+        nn.Conv2d(n32, C, 5, 1, 2),
+        nn.Tanh(),
+    )
+    fourth, norm, _ = down(n256, n256)  # Dis_l is before batch norm
+    features = nn.Sequential(
+        nn.Conv2d(C, n32, 5, 1, 2),
+        relu,
+        *down(n32, n128),
+        *down(n128, n256),
+        fourth,
+    )
+    rest = nn.Sequential(norm, relu, nn.Flatten(), *dense(n256 * s * s, n512), nn.Linear(n512, 1))
+    nets = nn.ModuleDict({"Enc": Enc, "Dec": Dec, "Dis": nn.Sequential(features, rest)})
+    if config.init == "uniform":
+        start_uniform(nets)
+    return nets
+
+
+@torch.no_grad()
+def start_uniform(nets):
+    """Weights U(−a, a), a = 1 / √(3 n), of n = a weight's size without its first axis; biases 0."""
+    for layer in nets.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            a = (3 * layer.weight[0].numel()) ** -0.5
+            layer.weight.uniform_(-a, a)
+            if layer.bias is not None:
+                layer.bias.zero_()
+
+
+def L_prior(mu, log_var):
+    """KL(N(μ, diag s²) ‖ N(0, I)) = ½ Σ (μ² + s² − 1 − log s²)."""
+    return 0.5 * (mu.square() + log_var.exp() - 1 - log_var).sum()
+
+
+def L_llike(f, f_rec):
+    """−log N(f; f_rec, I) = ½ Σ (f − f_rec)², up to a constant."""
+    return 0.5 * (shared.fp32(f) - shared.fp32(f_rec)).square().sum()
+
+
+def cross_entropies(logits):
+    """Σ −log Dis(x), Σ −log(1 − Dis(x_p)) and, with its logits, Σ −log(1 − Dis(x̃))."""
+    real, *fakes = logits  # (B, 1) each
+    return torch.stack([softplus(-real), *map(softplus, fakes)]).sum((1, 2))
+
+
+def discriminate(Dis, x, x_rec, x_p, config):
+    """Dis_l(x), Dis_l(x̃), and logits of x, x_p and, if it is in L_GAN, x̃.
+
+    Two passes, each with its batch statistics: [x̃, x] up to Dis_l, [x, x_p] up to the logit.
+    """
+    if config.joint:
+        features = Dis[0](torch.cat([x, x_p, x_rec]))  # (3 B, n256, s, s)
+        f, _, f_rec = features.chunk(3)
+        logits = shared.fp32(Dis[1](features)).chunk(3)
+        return f, f_rec, logits if config.gan_reconstruction else logits[:2]
+    f_rec, f = Dis[0](torch.cat([x_rec, x])).chunk(2)
+    judged = [x, x_p, x_rec] if config.gan_reconstruction else [x, x_p]
+    return f, f_rec, shared.fp32(Dis(torch.cat(judged))).chunk(len(judged))
+
+
+def who_trains(terms, config):
+    """Whether Dis and Dec train, by the mean cross-entropies of x and of x_p."""
+    if not config.margin:
+        return True, True
+    terms = terms[:2].tolist()
+    dis = min(terms) >= 0.68 - config.margin
+    dec = max(terms) <= 0.68 + config.margin
+    return (dis, dec) if dis or dec else (True, True)
+
+
+def descend(optimizer, gradients, config):
+    """A step of the optimizer with these gradients."""
+    for p, g in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
+        p.grad = g.clamp(-config.clip, config.clip) if config.clip else g
+    optimizer.step()
+    optimizer.zero_grad()  # frees them
+
+
+def train_step(nets, opts, x, config):
+    """An iteration on x (B, C, S, S)."""
+    Enc, Dec, Dis = nets["Enc"], nets["Dec"], nets["Dis"]
+    with shared.products(config, x.device):
+        mu, log_var = Enc(x)  # (B, Z) each
+        z = mu + (log_var / 2).exp() * torch.randn_like(mu)
+        fakes = [Dec(z), Dec(torch.randn_like(mu))]  # x̃, x_p
+        leaves = [image.detach().requires_grad_() for image in fakes]  # where Dis's graph begins
+        f, f_rec, logits = discriminate(Dis, x, *leaves, config)
+    prior, llike = L_prior(mu, log_var), L_llike(f, f_rec)
+    terms = cross_entropies(logits)
+    gan = terms.sum()
+    train_Dis, train_Dec = who_trains(terms / len(x), config)
+
+    # What L_llike and Dec's GAN loss ask of x̃ and x_p; and the gradient of Dis, of L_GAN alone.
+    g_llike = grad(llike, leaves, retain_graph=True, materialize_grads=True)
+    if config.swapped_labels:  # −log(1 − Dis(x)) − log Dis(x_p): the logits change their signs
+        swapped = cross_entropies([-part for part in logits]).sum()
+        asked = grad(swapped, leaves, retain_graph=True, materialize_grads=True)
+    *g_Dis, g_rec, g_p = grad(gan, [*Dis.parameters(), *leaves], materialize_grads=True)
+    g_gan = asked if config.swapped_labels else (-g_rec, -g_p)
+    if train_Dis:
+        descend(opts["Dis"], g_Dis, config)
+    # What L_llike asks of z, through Dec, whose weights get nothing of it.
+    (g_z,) = grad(fakes[0], [z], config.gamma_enc * g_llike[0], retain_graph=True)
+    if train_Dec:  # λ L_llike − (1 − λ) L_GAN
+        share = config.lambda_mse
+        wishes = [share * g + (1 - share) * h for g, h in zip(g_llike, g_gan, strict=True)]
+        descend(opts["Dec"], grad(fakes, [*Dec.parameters()], wishes), config)
+    # Enc: L_prior + L_llike; the largest net comes last, when memory of the other graphs is free.
+    descend(opts["Enc"], grad([prior, z], [*Enc.parameters()], [None, g_z]), config)
+    losses = {"L_prior": prior / len(x), "L_llike": llike / len(x), "L_GAN": gan / len(x)}
+    losses |= {"trains_Dis": torch.tensor(train_Dis), "trains_Dec": torch.tensor(train_Dec)}
+    return {name: loss.detach().float() for name, loss in losses.items()}  # sums of an image
+
+
+def enlarge(images, config):
+    """Images (B, C, H, W) in [0, 1] → what the nets see, (B, C, S, S) in [−1, 1]."""
+    if images.shape[-1] != config.image_size:
+        images = interpolate(images, config.image_size, mode="bicubic").clamp(0, 1)
+    return 2 * images - 1
+
+
+def reduce(x, shape):
+    """The way back, antialiased, to vectors (B, X)."""
+    if x.shape[1:] != shape:
+        x = interpolate(x, shape[1:], mode="bicubic", antialias=True).clamp(-1, 1)
+    return (x.flatten(1) + 1) / 2
+
+
+def encode(Enc, x, data, config):
+    """Activations before Enc's last layers (N, H), and μ (N, Z)."""
+    hidden = shared.chunked(lambda part: Enc[:-1](enlarge(data.images(part), config)), x, 250)
+    return hidden, shared.chunked(Enc[-1].mu, hidden, 250)
+
+
+def decode(Dec, z, data):
+    """Vectors (N, X) in [0, 1] of codes z (N, Z)."""
+    return shared.chunked(lambda part: reduce(Dec(part), data.shape), z, 250)
+
+
+def sample_prior(n, config, device):
+    """Always the same z (n, Z)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, config.latent_dim, generator=generator).to(device)
+
+
+def evaluate(nets, data, config, full=False):
+    """The short features are μ."""
+    nets.eval()
+    Enc, Dec = nets["Enc"], nets["Dec"]
+    hidden_train, mu_train = encode(Enc, data.x_train, data, config)
+    hidden_test, mu_test = encode(Enc, data.x_test, data, config)
+    z = sample_prior(1000 if config.smoke else 10_000, config, mu_test.device)
+    metrics = shared.image_metrics(data, decode(Dec, mu_test, data), decode(Dec, z, data))
+    metrics |= shared.code_metrics(data, mu_train, mu_test, "short", full)
+    if full:
+        metrics |= shared.code_metrics(data, hidden_train, hidden_test, "long")
+    nets.train()
+    return metrics
+
+
+def draw(run, data, config):
+    """Samples and reconstructions."""
+    nets = run.nets.eval()
+    title = f"VAE-GAN with equilibrium, {config.preset}, epoch {run.epoch}"
+    z, x = sample_prior(100, config, data.x_test.device), data.x_test[:50]
+    samples = data.images(decode(nets["Dec"], z, data))
+    run.picture("samples", shared.grid(samples, 10, f"{title}: samples"))
+    x_rec = data.images(decode(nets["Dec"], encode(nets["Enc"], x, data, config)[1], data))
+    run.picture("reconstructions", shared.pairs(data.images(x), x_rec, f"{title}: x and Dec(μ)"))
+    run.nets.train()
+
+
+def main(config):
+    device = shared.setup(config)
+    config.width = config.width or (1.0 if device.type == "cuda" else 0.25)
+    config.image_size = config.image_size or (64 if device.type == "cuda" else 32)
+    if config.smoke and not config.eval:
+        config.width, config.image_size = min(config.width, 1 / 16), 32
+    data = shared.load_data(config, device, size=config.image_size)
+    nets = build(config, data.shape[0]).to(device)
+    if device.type == "cpu":  # where this layout is faster for narrow nets
+        nets.to(memory_format=torch.channels_last)
+    opts = {name: RMSprop(net.parameters(), config.lr, config.alpha) for name, net in nets.items()}
+    parts = {"nets": nets} | {f"opt_{name}": opt for name, opt in opts.items()}
+
+    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)  # its own
+    for epoch in run.epochs(parts):
+        for opt in opts.values():  # its own
+            opt.param_groups[0]["lr"] = config.lr * config.lr_decay ** (epoch - 1)  # its own
+        for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
+            x = enlarge(data.images(data.x_train[i]), config)  # its own
+            losses = train_step(nets, opts, x, config)  # its own
+            run.step(losses, len(i))
+        run.log_losses()
+        if run.is_due():
+            run.log(evaluate(run.nets, data, config))
+            draw(run, data, config)
+        run.save(parts)
+    metrics = evaluate(run.nets, data, config, full=True)
+    draw(run, data, config)
+    run.finish(metrics)
+
+
+if __name__ == "__main__":
+    main(shared.parse_config(Config, PRESETS))
