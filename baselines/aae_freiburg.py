@@ -1,7 +1,7 @@
 """Adversarial autoencoder (AAE), arXiv 1511.05644, as a student project of Freiburg has it.
 
-Encoder Q: x → z, decoder P: z → x̂, discriminator D, which tells z ~ p(z) from z = Q(x). For each
-batch three phases, one after the other (paper §2); p(z) is N(0, I), cut at 2:
+Encoder Q: x → z, decoder P: z → x̂, discriminator D, which tells z ~ p(z), N(0, I) cut at 2, from
+z = Q(x). For each batch three phases, one after the other (paper §2):
 
     1. reconstruction  Q, P  minimise  L_rec = ‖x − P(Q(x))‖²
     2. discriminator   D     minimises L_D   = −log D(z) − log(1 − D(Q(x))),  z ~ p(z)
@@ -15,20 +15,17 @@ convolutions (3, 4); in 1 and 3 P and D also see the class y, so that z is left 
 
 Expect (--preset ours, seed 0): test MSE 0.0232, identity 90.1 %, prior gap 0.033, floor 0.017.
 
-january (commit 87b475a) and head (2c29b54) are states of that repository. Deviations:
- 1. Its rates are divided by hand; here january's by 5 whenever --patience epochs bring the
-    training's L_rec down by less than 1 %, head's never. A last stage of RMSprop is left out.
- 2. TensorFlow's RMSprop begins with an average of 1, not 0, and has ε under the root; all biases
-    begin at 0. In january L_D is halved, the balance has draws of z of its own, and transposed
-    convolutions lack a bias.
- 3. mixed and ours are no state of it: head's nets, losses and balance, january's phases and Adam,
-    PyTorch's initial weights; P's first convolution has 64 biases, not head's 3,136.
- 4. ours is from trials on val that are not kept: D learns ten times as fast as Q does against it,
-    and batch norm's running statistics, whose noise moves the codes, forget slower.
- 5. faces: january's nets and rates, but images in [0, 1] and a sigmoid, not [−1, 1] and tanh.
- 6. Its animations are one for each class and dimension, in 256 shades. Here grid.gif and
-    dimensions.gif are of the first test image's class, the latter with a grid over two others.
- 7. Paper: SGD with momentum, D with 1000 units, a label for D alone.
+Presets january (commit 87b475a) and head (2c29b54) are states of that code. Deviations from it:
+ 1. Rates are divided by hand there; january's here by 5 whenever --patience epochs bring the
+    training's L_rec down by less than 1 %. A last stage of RMSprop is left out.
+ 2. TensorFlow's RMSprop begins with an average of 1, not 0, and has ε under the root. Weights
+    begin Xavier-uniform and biases at 0, not as PyTorch's. january's transposed convolutions have
+    no bias, head's first one has 3,136. L_D is halved; january's balance draws a z of its own.
+ 3. mixed and ours are no state of it: head's nets, losses and balance, january's phases and Adam.
+    ours has rates and bn_momentum from trials on val that are not kept.
+ 4. faces: january's nets and rates, but images in [0, 1] and a sigmoid, not [−1, 1] and tanh.
+ 5. Animations: of one class, not of each; 16 or 64 shades; dimensions.gif has 5 × 5 images, not 5⁴.
+ 6. Paper: SGD with momentum, D with 1000 units, a label for D alone.
 """
 
 import math
@@ -48,14 +45,13 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, normalize, one_hot, pad, softplus
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-NETS = {"norm_last": False, "sums": False, "rule": "before"}  # in the head and in ours
-MIXED = NETS | {"xavier": False}
+HEAD = {"norm_last": False, "sums": False, "rule": "before"}
 RMSPROP = {"optimizer": "rmsprop", "lr": 5e-5, "lr_D": 5e-5, "lr_Q": 5e-5, "patience": 0}
 PRESETS = {
     "january": {},
-    "head": NETS | RMSPROP | {"one_pass": True, "dense_start": True},
-    "mixed": MIXED,  # deviation 3
-    "ours": MIXED | {"lr_D": 1e-3, "lr_Q": 1e-4, "bn_momentum": 0.01},  # deviation 4
+    "head": HEAD | RMSPROP | {"one_pass": True},
+    "mixed": HEAD,  # deviation 3
+    "ours": HEAD | {"lr_D": 1e-3, "lr_Q": 1e-4, "bn_momentum": 0.01},  # D outruns Q
     "faces": {"net": "conv", "latent_dim": 50},
 }
 GUESSING = {"L_D": 2 * math.log(2), "L_Q": math.log(2)}  # the balance rule's start, each epoch
@@ -70,8 +66,6 @@ class Config(shared.Protocol):
     labels: bool = option(False, "give the one-hot class to P and D (scenarios 1 and 3)")
     latent_dim: int = option(5, "dimension of z (faces: 50)", low=1)
     norm_last: bool = option(True, "batch norm after the leaky ReLU (january), not before (head)")
-    dense_start: bool = option(False, "P's convolutions begin with a dense layer (head)")
-    xavier: bool = option(True, "Xavier-uniform initial weights, else PyTorch's")
     bn_momentum: float = option(0.1, "weight of a batch in the running statistics", low=0)
     sums: bool = option(True, "sum L_rec over batch and pixels (january), or its mean (head)")
     one_pass: bool = option(False, "all gradients from one pass (head), or in phases (january)")
@@ -84,9 +78,6 @@ class Config(shared.Protocol):
     precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
 
 
-# B batch, Z = latent_dim, K classes (0 without labels), X = pixels, an image is (C, H, W)
-
-
 def block(layer, norm, config):
     """Layer, batch norm, leaky ReLU; or norm last."""
     if config.norm_last:
@@ -96,13 +87,13 @@ def block(layer, norm, config):
 
 def build(config, shape, K):
     """Q: x (B, X) → z (B, Z), P: (z, y) (B, Z + K) → logits of pixels, D: (z, y) → (B, 1)."""
-    Z, X, momentum, (C, size, _) = config.latent_dim, math.prod(shape), config.bn_momentum, shape
+    Z, X, (C, size, _) = config.latent_dim, math.prod(shape), shape
 
     def dense(n, m):
-        return block(nn.Linear(n, m), nn.BatchNorm1d(m, momentum=momentum), config)
+        return block(nn.Linear(n, m), nn.BatchNorm1d(m, momentum=config.bn_momentum), config)
 
     def conv(layer, n):
-        return block(layer, nn.BatchNorm2d(n, momentum=momentum), config)
+        return block(layer, nn.BatchNorm2d(n, momentum=config.bn_momentum), config)
 
     if config.net == "dense":
         Q = [*dense(X, 1000), *dense(1000, 1000), nn.Linear(1000, Z)]
@@ -114,20 +105,13 @@ def build(config, shape, K):
         for a, b in pairwise(channels):
             Q += conv(nn.Conv2d(a, b, 4, 2, 1), b)
         Q += [nn.Conv2d(n, Z, rest), nn.Flatten()]
-        start = [nn.Unflatten(1, (Z + K, 1, 1)), nn.ConvTranspose2d(Z + K, n, rest)]
-        if config.dense_start:
-            start = [nn.Linear(Z + K, n * rest * rest), nn.Unflatten(1, (n, rest, rest))]
-        P = conv(nn.Sequential(*start), n)
+        P = [nn.Unflatten(1, (Z + K, 1, 1)), *conv(nn.ConvTranspose2d(Z + K, n, rest), n)]
         for a, b in pairwise(reversed(channels)):
             P += conv(nn.ConvTranspose2d(a, b, 4, 2, 1), b)
         P += [nn.Conv2d(16, C, 3, padding=1), nn.Flatten()]
     leaky = nn.LeakyReLU(0.2)
     D = [nn.Linear(Z + K, 500), leaky, nn.Linear(500, 500), leaky, nn.Linear(500, 1)]
-    nets = {"Q": nn.Sequential(*Q), "P": nn.Sequential(*P), "D": shared.Float32(*D)}
-    for weight in nn.ModuleDict(nets).parameters():
-        if config.xavier and weight.dim() > 1:
-            nn.init.xavier_uniform_(weight)
-    return nn.ModuleDict(nets)
+    return nn.ModuleDict({"Q": nn.Sequential(*Q), "P": nn.Sequential(*P), "D": shared.Float32(*D)})
 
 
 def sample_prior(y, config, seed=None):
@@ -159,10 +143,7 @@ def balance(losses):
 
 
 def train_step(nets, opts, x, y, config, before):
-    """The three phases on x (B, X) of classes y (B, K); before: the losses of the last batch.
-
-    In one pass no net moves before all gradients are there.
-    """
+    """The three phases on x (B, X) of classes y (B, K); before: the losses of the last batch."""
     Q, P, D = nets["Q"], nets["P"], nets["D"]
 
     # Reconstruction
@@ -172,7 +153,7 @@ def train_step(nets, opts, x, y, config, before):
     loss_rec = L_rec(logits, x)
     nets.zero_grad()
     (x.numel() * loss_rec if config.sums else loss_rec).backward(retain_graph=config.one_pass)
-    if config.one_pass:
+    if config.one_pass:  # before any net moves
         loss_Q = L_Q(D, z_fake)
         gradients = torch.autograd.grad(loss_Q, list(Q.parameters()))
     opts["P"].step()
@@ -207,20 +188,14 @@ def train_step(nets, opts, x, y, config, before):
 
 
 def optimizers(nets, config):
-    """One for each role; Q has two. Deviation 1: a plateau rule for each, never with patience 0."""
-    how = {"factor": 0.2, "patience": config.patience - 1, "threshold": 0.01}
-    if not config.patience:
-        how["patience"] = math.inf
+    """One for each role; Q has two. And deviation 1, for each; with --patience 0 never."""
+    kind, how = torch.optim.Adam, {"betas": (0.5, 0.999), "fused": True}
+    if config.optimizer == "rmsprop":
+        kind, how = torch.optim.RMSprop, {"alpha": 0.9, "eps": 1e-5}
     rates = {"Q_rec": config.lr, "P": config.lr, "D": config.lr_D, "Q_reg": config.lr_Q}
-    opts, plateaus = {}, {}
-    for role, lr in rates.items():
-        parameters = nets[role[0]].parameters()
-        if config.optimizer == "rmsprop":
-            opts[role] = torch.optim.RMSprop(parameters, lr, alpha=0.9, eps=1e-5)
-        else:
-            opts[role] = torch.optim.Adam(parameters, lr, (0.5, 0.999), fused=True)
-        plateaus[f"plateau_{role}"] = ReduceLROnPlateau(opts[role], **how)
-    return opts, plateaus
+    opts = {role: kind(nets[role[0]].parameters(), lr, **how) for role, lr in rates.items()}
+    rule = {"factor": 0.2, "patience": (config.patience or math.inf) - 1, "threshold": 0.01}
+    return opts, {f"plateau_{role}": ReduceLROnPlateau(opts[role], **rule) for role in opts}
 
 
 def given_labels(data, config):
@@ -245,14 +220,11 @@ def sliced_wasserstein(a, b, directions=200):
     return ((a @ theta).sort(0).values - (b @ theta).sort(0).values).abs().mean().item()
 
 
-def prior_gap(z, y, config, draws=4):
+def prior_gap(z, y, config):
     """Distance of z (N, Z) to draws of p(z), a row for each of y; of two such draws: the floor."""
-    gap, floor = 0.0, 0.0
-    for i in range(draws):
-        one, other = sample_prior(y, config, 2 * i + 1), sample_prior(y, config, 2 * i + 2)
-        gap += sliced_wasserstein(z, other) / draws
-        floor += sliced_wasserstein(one, other) / draws
-    return gap, floor
+    pairs = [[sample_prior(y, config, seed + i) for i in (0, 1)] for seed in (1, 3, 5, 7)]
+    gap = sum(sliced_wasserstein(z, other) for _, other in pairs) / 4
+    return gap, sum(sliced_wasserstein(one, other) for one, other in pairs) / 4
 
 
 def evaluate(nets, data, config, full=False):
@@ -269,28 +241,30 @@ def evaluate(nets, data, config, full=False):
         hidden = Q[:-1] if config.net == "dense" else Q[:-2]
         long = [shared.chunked(hidden, x).flatten(1) for x in (data.x_train, data.x_test)]
         metrics |= shared.code_metrics(data, *long, "long")
-    gap, floor = prior_gap(z_test, y_test, config)
-    gap_train, _ = prior_gap(z_train[: len(z_test)], y_train[: len(z_test)], config)
-    metrics |= {"eval/prior_gap": gap, "eval/prior_gap_floor": floor}
+    metrics["eval/prior_gap"], metrics["eval/prior_gap_floor"] = prior_gap(z_test, y_test, config)
+    n = len(z_test)
+    metrics["eval/prior_gap_train"], _ = prior_gap(z_train[:n], y_train[:n], config)
     nets.train()
-    return metrics | {"eval/prior_gap_train": gap_train}
+    return metrics
 
 
 @torch.no_grad()
+def decode(run, data, z, y):
+    """P's images (n, C, H, W) of z (n, Z or less) and of y (n, K), or one (1, K) for all."""
+    z = pad(z, (0, run.config.latent_dim - z.shape[1])).to(y)
+    parts = torch.cat([z, y.expand(len(z), -1)], 1).split(1000)
+    return data.images(torch.cat([run.nets["P"](part).sigmoid() for part in parts]))
+
+
 def draw(run, data, config):
     """Samples, reconstructions, codes beside the prior, and each style in all classes."""
     run.nets.eval()
-    Q, P = run.nets["Q"], run.nets["P"]
     x, y = data.x_test, given_labels(data, config)[1]
-    z, K = shared.chunked(Q, x), y.shape[1]
+    z, K = shared.chunked(run.nets["Q"], x), y.shape[1]
     title = f"AAE, {config.net}, {'labels, ' if K else ''}epoch {run.epoch}"
-
-    def decode(z, y):
-        return data.images(P(torch.cat([z, y], 1)).sigmoid())
-
-    samples = decode(sample_prior(turns(100, y), config, 0), turns(100, y))
+    samples = decode(run, data, sample_prior(turns(100, y), config, 0), turns(100, y))
     run.picture("samples", shared.grid(samples, 10, f"{title}: samples"))
-    pairs = data.images(x[:50]), decode(z[:50], y[:50])
+    pairs = data.images(x[:50]), decode(run, data, z[:50], y[:50])
     run.picture("reconstructions", shared.pairs(*pairs, f"{title}: test images x and P(Q(x))"))
     figure = Figure(figsize=(8, 4))
     figure.suptitle(f"{title}: codes of test images, and p(z); first and last dimension")
@@ -299,10 +273,10 @@ def draw(run, data, config):
         axes.scatter(codes[:, 0].cpu(), codes[:, -1].cpu(), s=2)
     run.picture("codes", figure)
     if K:
-        what = "test images, then their z with each class"
-        styled = decode(z[:10].repeat_interleave(K, 0), turns(10 * K, y)).unflatten(0, (10, K))
-        rows = torch.cat([data.images(x[:10])[:, None], styled], 1).flatten(0, 1)
-        run.picture("style", shared.grid(rows, 1 + K, f"{title}: {what}"))
+        styled = decode(run, data, z[:10].repeat_interleave(K, 0), turns(10 * K, y))
+        rows = torch.cat([data.images(x[:10])[:, None], styled.unflatten(0, (10, K))], 1)
+        title += ": test images, then their z with each class"
+        run.picture("style", shared.grid(rows.flatten(0, 1), 1 + K, title))
     run.nets.train()
 
 
@@ -316,31 +290,22 @@ def movie(run, name, images, frames):
     shared.write_file(run.dir / f"{name}.gif", lambda path: first.save(path, **how))
 
 
-@torch.no_grad()
 def animate(run, data, config):
-    """grid.gif: four dimensions in space, the fifth is time; dimensions.gif: each is time in turn,
-    with two in space; style.gif: 25 styles on their way through the classes."""
-    P, y = run.nets.eval()["P"], given_labels(data, config)[1]
+    """grid.gif, dimensions.gif: five dimensions of z, one as time; style.gif: classes as time."""
+    run.nets.eval()
+    y = given_labels(data, config)[1]
     time, axis, zero = torch.linspace(-3, 3, 10), torch.linspace(-1.8, 1.8, 5), torch.zeros(1)
-
-    def decode(z, y):  # z (n, ·), of which further dimensions are 0
-        z = pad(z, (0, config.latent_dim - z.shape[1])).to(y)
-        parts = torch.cat([z, y.expand(len(z), -1)], 1).split(1000)
-        return data.images(torch.cat([P(part).sigmoid() for part in parts]))
-
-    images = decode(torch.cartesian_prod(time, axis, axis, axis, axis), y[:1])
-    images = images.unflatten(0, (10, 5, 5, 5, 5)).transpose(2, 3).flatten(0, 4)
-    movie(run, "grid", avg_pool2d(images, 2), 10)
-    z = torch.cartesian_prod(time, axis, axis, zero, zero)
-    movie(run, "dimensions", decode(torch.cat([z.roll(i, 1) for i in range(5)]), y[:1]), 50)
+    z = torch.cartesian_prod(time, axis, axis, axis, axis)[:, [0, 1, 3, 2, 4]]
+    movie(run, "grid", avg_pool2d(decode(run, data, z, y[:1]), 2), 10)
+    z = torch.cat([torch.cartesian_prod(time, axis, axis, zero, zero).roll(i, 1) for i in range(5)])
+    movie(run, "dimensions", decode(run, data, z, y[:1]), 50)
     if config.labels:
-        share = (torch.arange(10) * math.pi / 20).sin()[:, None]
-        classes = torch.eye(y.shape[1])
-        way = [torch.lerp(a, b, share) for a, b in pairwise(classes)]  # (10, K) each
-        way = torch.cat([*way, classes[-1:]]).to(y)
+        t = torch.arange(10 * y.shape[1] - 9) / 10  # at 0, 1, 2, … a class is reached
+        i, classes = t.long(), torch.eye(y.shape[1] + 1)[:, :-1]
+        way = torch.lerp(classes[i], classes[i + 1], (math.pi / 2 * t.frac()).sin()[:, None])
         z = 3 * torch.rand(25, config.latent_dim, generator=torch.Generator().manual_seed(0)) - 1.5
-        images = decode(z.repeat(len(way), 1), way.repeat_interleave(25, 0))
-        movie(run, "style", images, len(way))
+        images = decode(run, data, z.repeat(len(t), 1), way.repeat_interleave(25, 0).to(y))
+        movie(run, "style", images, len(t))
     run.nets.train()
 
 
