@@ -275,8 +275,7 @@ def draw(run, data, config):
     if K:
         styled = decode(run, data, z[:10].repeat_interleave(K, 0), turns(10 * K, y))
         rows = torch.cat([data.images(x[:10])[:, None], styled.unflatten(0, (10, K))], 1)
-        title += ": test images, then their z with each class"
-        run.picture("style", shared.grid(rows.flatten(0, 1), 1 + K, title))
+        run.picture("style", shared.grid(rows.flatten(0, 1), 1 + K, f"{title}: x, z in each class"))
     run.nets.train()
 
 
