@@ -168,7 +168,7 @@ def train_step(nets, opts, x, y, config, before):
             z_fake = torch.cat([Q(x), y], 1)
     loss_D = L_D(D, z, z_fake.detach())
     if config.rule == "current":
-        before = {"L_D": loss_D, "L_Q": L_Q(D, z_fake.detach())}
+        before = {"L_D": loss_D.item(), "L_Q": L_Q(D, z_fake.detach()).item()}
     trains_D, trains_Q = balance(before)
     if trains_D:
         opts["D"].zero_grad()

@@ -142,6 +142,15 @@ def train_step(nets, opts, x, config):
     return {"L_rec": loss_rec.detach(), "L_D": loss_D.detach(), "L_Q": loss_Q.detach()}
 
 
+def optimizers(nets, config):
+    """Adam for each role; Q has two."""
+    rates = {"Q_rec": config.lr, "P": config.lr, "D": config.lr_reg, "Q_reg": config.lr_reg}
+    opts = {}
+    for role, lr in rates.items():
+        opts[role] = torch.optim.Adam(nets[role[0]].parameters(), lr, fused=True)
+    return opts
+
+
 def sliced_wasserstein(a, b, directions=200):
     """Mean over random directions of the 1-Wasserstein distance between projections of (N, Z)."""
     generator = torch.Generator().manual_seed(0)
@@ -213,10 +222,7 @@ def main(config):
     device = shared.setup(config)
     data = shared.load_data(config, device, size=32)
     nets = build(config, math.prod(data.shape)).to(device)
-    rates = {"Q_rec": config.lr, "P": config.lr, "D": config.lr_reg, "Q_reg": config.lr_reg}
-    opts = {}
-    for role, lr in rates.items():  # Q has two
-        opts[role] = torch.optim.Adam(nets[role[0]].parameters(), lr, fused=True)
+    opts = optimizers(nets, config)
     parts = {"nets": nets, **opts}
 
     run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)  # its own
