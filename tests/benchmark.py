@@ -5,7 +5,7 @@
     python tests/benchmark.py vae_gan -- --width 1 --image-size 64      # options of the experiment
     python tests/benchmark.py vae_gan --public -- --width 1 --image-size 64
     python tests/benchmark.py bigan_mnist --precisions # fp32 and bf16 in turns
-    python tests/benchmark.py aae --profile            # what takes a step's time
+    python tests/benchmark.py aae_freiburg --profile   # what takes a step's time
     python tests/benchmark.py --scale                  # FC ALAE by batch size and width
     python tests/benchmark.py --waiting                # what waiting threads cost
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import shared
 
@@ -166,6 +167,37 @@ def toy_data(n=300, m=200, size=784, classes=10, name="mnist"):
 
     side = int(size**0.5)
     return shared.Data(name, *part(n), *part(m), torch.Size([1, side, side]))
+
+
+def record(monkeypatch):
+    """Puts spies in place of the shared instruments; returns what they were given."""
+    given = {}
+
+    def image_metrics(data, x_rec=None, x_fake=None):
+        given.setdefault("images", []).append((x_rec, x_fake))
+        return {}
+
+    def code_metrics(data, train, test, kind, full=True):
+        given[kind] = train, test
+        return {}
+
+    monkeypatch.setattr(shared, "image_metrics", image_metrics)
+    monkeypatch.setattr(shared, "code_metrics", code_metrics)
+    return given
+
+
+def state_of(nets):
+    """All that an evaluation must leave alone: the nets, their mode, the random numbers."""
+    state = {name: value.clone() for name, value in nets.state_dict().items()}
+    return state, nets.training, torch.get_rng_state()
+
+
+def fake_run(nets, config):
+    """A run that keeps its pictures' names, and draws nothing."""
+    names = []
+    run = SimpleNamespace(nets=nets, config=config, epoch=config.epochs, names=names)
+    run.picture = lambda name, figure: names.append(name)
+    return run
 
 
 def watch(nets, **optimizers):

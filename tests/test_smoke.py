@@ -23,7 +23,8 @@ EXPECTED = {
     "linear_autoencoder": {"eval/recon_mse", "eval/ratio_test"},
     "gan_mnist": {"eval/fid", "eval/digit_kl", "eval/digit_min", "train/grad_norm_G"},
     "equalized_lr": {"lreq/recon_mse", "plain/recon_mse"},
-    "aae": IMAGES | SHORT | LONG | {"eval/prior_gap", "eval/prior_gap_floor"},
+    "aae_freiburg": IMAGES | SHORT | LONG | {"eval/prior_gap", "eval/prior_gap_floor"},
+    "aae_pytorch": IMAGES | SHORT | LONG | {"eval/prior_gap", "eval/prior_gap_floor"},
     "aae_semi_supervised": IMAGES | SHORT | LONG | {"eval/error"},
 }
 

@@ -5,8 +5,7 @@ import shared
 import pytest
 import torch
 import vae_gan
-from conftest import assert_same, toy_data, train
-from test_aae import fake_run, record, state_of
+from conftest import assert_same, fake_run, record, state_of, toy_data, train
 from torch import nn
 from torch.autograd import grad
 from torch.distributions import Normal, kl_divergence

@@ -1,0 +1,202 @@
+"""Semi-supervised AAE: phases, labels, clusters, what is measured and drawn."""
+
+import shared
+
+import aae_semi_supervised as semi
+import pytest
+import torch
+from conftest import assert_same, fake_run, record, state_of, toy_data, train, watch
+from torch import nn
+from torch.nn.functional import binary_cross_entropy, one_hot
+
+PHASES = [("P", {"P"}), ("Q_rec", {"Q"}), ("D", {"D_y", "D_z"}), ("Q_reg", {"Q"}), ("Q_sup", {"Q"})]
+
+
+def size(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def test_losses():
+    D, (z, z_fake) = nn.Sequential(nn.Linear(3, 1)), torch.randn(2, 6, 3)
+    real, fake = D(z).sigmoid(), D(z_fake).sigmoid()
+    ones, zeros = torch.ones(6, 1), torch.zeros(6, 1)
+    expected = binary_cross_entropy(real, ones) + binary_cross_entropy(fake, zeros)
+    torch.testing.assert_close(semi.L_D(D, z, z_fake), expected)
+    torch.testing.assert_close(semi.L_Q(D, z_fake), binary_cross_entropy(fake, ones))
+    x, logits = torch.rand(4, 7), torch.randn(4, 7)
+    torch.testing.assert_close(semi.L_rec(logits, x), (x - logits.sigmoid()).pow(2).sum() / 28)
+
+
+def trained(monkeypatch, tmp_path, losses, *arguments):
+    """main with a train_step that notes its arguments and returns these losses."""
+    calls = []
+
+    def train_step(*args):
+        calls.append(args)
+        return {name: torch.tensor(loss) for name, loss in losses.items()}
+
+    monkeypatch.setattr(semi, "train_step", train_step)
+    monkeypatch.setattr(semi, "evaluate", lambda *_, **__: {"eval/recon_mse": 0.0})
+    monkeypatch.setattr(semi, "draw", lambda *_: None)
+    train(monkeypatch, semi, "--smoke", "--out-dir", tmp_path, "--run-name", "a", *arguments)
+    path = tmp_path / semi.__name__ / "a/checkpoint.pt"
+    return calls, torch.load(path, weights_only=True)
+
+
+def semi_start(config, K, X=784):
+    torch.manual_seed(0)
+    nets = semi.build(config, X, K)
+    return nets, semi.optimizers(nets, config)
+
+
+@pytest.mark.parametrize("cluster, K", ((0, 10), (7, 7)))
+def test_semi_supervised_phases(cluster, K):
+    config = semi.Config(cluster=cluster)
+    nets, opts = semi_start(config, K)
+    assert size(nets["Q"]) == 785 * 1000 + 1001 * 1000 + 1001 * (K + 10) + 4000
+    notes, x = watch(nets, **opts), torch.rand(8, 784)
+    labelled = None if cluster else (torch.rand(4, 784), torch.arange(4))
+    losses = semi.train_step(nets, opts, x, labelled, config)
+    assert notes == PHASES[: 4 if cluster else 5] and ("L_sup" in losses) == (not cluster)
+    y, z = semi.code(nets["Q"], x, config)
+    assert y.shape == (8, K) and z.shape == (8, 10)
+    torch.testing.assert_close(y.sum(1), torch.ones(8))
+
+
+@pytest.mark.parametrize("role", ("P", "D", "Q_reg", "Q_sup"))
+def test_each_semi_supervised_phase_descends_its_written_loss(role):
+    config, K = semi.Config(latent_dim=3, hidden_D=5, noise=0.0), 4
+    nets = semi_start(config, K, X=6)[0].double()
+    roles = {"P": ["P"], "Q_rec": ["Q"], "Q_reg": ["Q"], "Q_sup": ["Q"], "D": ["D_y", "D_z"]}
+    moving = {"P": ["Q", "P"]}.get(role, roles[role])
+    opts = {}
+    for name, members in roles.items():
+        rate = float(name == role or (role, name) == ("P", "Q_rec"))
+        parameters = nn.ModuleList(nets[member] for member in members).parameters()
+        opts[name] = torch.optim.SGD(parameters, rate)
+    x, x_l, k_l = torch.rand(8, 6).double(), torch.rand(5, 6).double(), torch.arange(5) % 4
+    torch.manual_seed(1)
+    y = one_hot(torch.randint(K, (8,)), K).double()  # as the step draws them
+    z = torch.randn(8, 3, dtype=torch.float64)
+    a = nets["Q"](x)
+    fake = {"D_y": a[:, :K].exp() / a[:, :K].exp().sum(1, keepdim=True), "D_z": a[:, K:]}
+    loss_D, loss_Q = 0.0, 0.0
+    for name, real in (("D_y", y), ("D_z", z)):
+        D_real, D_fake = (nets[name](c).sigmoid() for c in (real, fake[name]))
+        loss_D = loss_D - (D_real.log() + (1 - D_fake).log()).mean()
+        loss_Q = loss_Q - D_fake.log().mean()
+    x_rec = nets["P"](torch.cat(list(fake.values()), 1)).sigmoid()
+    sup = -nets["Q"](x_l)[:, :K].log_softmax(1)[torch.arange(5), k_l].mean()
+    losses = {"P": (x - x_rec).square().mean(), "D": loss_D, "Q_reg": loss_Q, "Q_sup": sup}
+    parameters = list(nn.ModuleList(nets[name] for name in moving).parameters())
+    gradients = torch.autograd.grad(losses[role], parameters)
+    expected = [p - g for p, g in zip(parameters, gradients, strict=True)]
+    others = {p: p.clone() for p in nets.parameters() if all(p is not q for q in parameters)}
+    torch.manual_seed(1)
+    semi.train_step(nets, opts, x, (x_l, k_l), config)
+    torch.testing.assert_close(parameters, [p.detach() for p in expected])
+    assert all(p.equal(before) for p, before in others.items())
+
+
+def test_noise_in_training_alone():
+    noise, x = semi.Noise(0.3), torch.zeros(100, 100)
+    assert noise(x).std().item() == pytest.approx(0.3, rel=0.05)
+    assert noise.eval()(x) is x
+
+
+def test_labels_are_balanced_and_drawn_by_seed():
+    y = torch.arange(1000) % 10
+    a, again, b = (semi.balanced(y, 100, seed) for seed in (0, 0, 1))
+    assert y[a].bincount().tolist() == [10] * 10 and len(set(a.tolist())) == 100
+    assert a.equal(again) and not a.equal(b)
+    assert sorted(semi.balanced(y, 0, 0).tolist()) == list(range(1000))
+
+
+def test_labelled_batches_are_of_the_chosen_labels_alone(monkeypatch, tmp_path, cheap):
+    """With 100 labels main never shows the class of another image; rates fall at the end."""
+    rates, set_rates = [], semi.set_rates
+
+    def spy(opts, config, done):
+        set_rates(opts, config, done)
+        rates.append(opts["Q_sup"].param_groups[0]["lr"])
+
+    monkeypatch.setattr(semi, "set_rates", spy)
+    calls, _ = trained(monkeypatch, tmp_path, {"L_rec": 1.0}, "--labels", 100)
+    data = shared.load_data(semi.Config(smoke=True), torch.device("cpu"))
+    chosen = semi.balanced(data.y_train, 100, 0)
+    seen = set()
+    for _, _, x, (x_l, k_l), _ in calls:
+        i = torch.cdist(x_l, data.x_train).argmin(1)
+        assert x_l.shape == x.shape == (100, 784) and k_l.equal(data.y_train[i])
+        seen |= set(i.tolist())
+    assert seen == set(chosen.tolist()) and len(calls) == 2 * 20  # 100 images, in 4,000 draws
+    falling = [0.004 * (1 - i / 20) for i in range(20)]
+    assert rates == pytest.approx([0.004] * 20 + falling)
+
+
+def test_rates_fall_linearly():
+    config = semi.Config(lr=1.0, reg_lr=2.0, sup_lr=3.0, decay=0.5)
+    opts = semi_start(config, 10)[1]
+    for done, share in ((0, 1), (0.5, 1), (0.75, 0.5), (1, 0)):
+        semi.set_rates(opts, config, done)
+        rates = {name: opt.param_groups[0]["lr"] for name, opt in opts.items()}
+        expected = {"Q_rec": 1, "P": 1, "Q_sup": 3, "D": 2, "Q_reg": 2}
+        assert rates == {name: rate * share for name, rate in expected.items()}
+
+
+def test_clusters_take_the_class_of_their_surest_training_image():
+    y = torch.tensor([[0.9, 0.1, 0], [0.6, 0.4, 0], [0, 0.3, 0.7], [0.1, 0.8, 0.1], [0, 0.1, 0.9]])
+    data = toy_data()._replace(y_train=torch.tensor([4, 5, 6, 7, 8]))
+    assert semi.class_of_each(y, data, semi.Config(cluster=3)).tolist() == [4, 7, 8]
+    assert semi.class_of_each(y, data, semi.Config()).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("cluster", (0, 12))
+def test_what_the_semi_supervised_evaluate_measures(cluster, monkeypatch):
+    config, data = semi.Config(cluster=cluster), toy_data()
+    K = cluster or 10
+    nets, opts = semi_start(config, K)
+    semi.train_step(nets, opts, data.x_train[:64], None, config)
+    before, given, prior = state_of(nets), record(monkeypatch), semi.prior
+    monkeypatch.setattr(semi, "prior", lambda n, *rest: prior(n // 50, *rest))  # of 10,000
+    metrics = semi.evaluate(nets, data, config, full=True)
+    assert_same(before, state_of(nets))
+    monkeypatch.setattr(semi, "prior", prior)
+    run = fake_run(nets, config)
+    semi.draw(run, data, config)
+    assert_same(before, state_of(nets))
+    pictures = ["samples", "reconstructions", "style"]
+    assert run.names == ([*pictures, "clusters"] if cluster else pictures)
+    Q, P = nets.eval()["Q"], nets["P"]
+    with torch.no_grad():
+        train_y, test_y = Q(data.x_train)[:, :K].softmax(1), Q(data.x_test)[:, :K].softmax(1)
+        short = [
+            torch.cat([train_y, Q(data.x_train)[:, K:]], 1),
+            torch.cat([test_y, Q(data.x_test)[:, K:]], 1),
+        ]
+        ((x_rec, x_fake),) = given["images"]
+        torch.testing.assert_close(x_rec, P(short[1]).sigmoid())
+        z = torch.randn(200, 10, generator=torch.Generator().manual_seed(0))
+        y = one_hot(torch.arange(200) % K, K).float()
+        torch.testing.assert_close(x_fake, P(torch.cat([y, z], 1)).sigmoid())
+        for i in range(2):
+            x = (data.x_train, data.x_test)[i]
+            torch.testing.assert_close(given["short"][i], short[i])
+            torch.testing.assert_close(given["long"][i], Q[:-1](x))
+    classes = data.y_train[train_y.argmax(0)] if cluster else torch.arange(K)
+    wrong = (classes[test_y.argmax(1)] != data.y_test).float().mean()
+    assert metrics["eval/error"] == pytest.approx(100 * wrong.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (["--labels", "1001"], "multiple of 10"),
+        (["--cluster", "30", "--labels", "100"], "without --labels"),
+        (["--cluster", "1"], "one cluster is none"),
+    ],
+)
+def test_bad_input(words, complaint, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, semi, "--smoke", "--out-dir", tmp_path, *words)
+    assert stop.value.code == 2 and complaint in capsys.readouterr().err
