@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 import vae_gan_equilibrium as equilibrium
-from conftest import assert_same, toy_data, train
+from conftest import assert_same, fake_run, record, state_of, toy_data, train
 from PIL import Image
-from test_aae import fake_run, record, state_of
 from test_vae_gan import sgd
 from torch import nn
 from torch.autograd import grad
