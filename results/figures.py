@@ -122,11 +122,11 @@ def official_resampling(_):
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[4, 1.2])
     rows = [torch.cat(list(images[:, 0]), 1) for images in (x, seen)]
-    left.imshow(torch.cat(rows), cmap="gray", interpolation="nearest")
+    left.imshow(torch.cat(rows).numpy(), cmap="gray", interpolation="nearest")
     left.set_xticks([])
     left.set_yticks([14, 42], ["mnist_ref", "main"])
     left.set_title("what E sees")
-    right.imshow(outputs.grad[0, 0], cmap="gray", vmin=0)
+    right.imshow(outputs.grad[0, 0].numpy(), cmap="gray", vmin=0)
     dead = int((outputs.grad == 0).sum())
     right.set_title(f"main: {dead} of G's 784\noutputs get no gradient", fontsize=10)
     return figure

@@ -214,6 +214,7 @@ def test_options_of_the_networks():
     torch.testing.assert_close(F(z), z / z.square().mean(1, keepdim=True).sqrt())
     assert 0 <= G(100 * z).min() < 0.01 and 0.99 < G(100 * z).max() <= 1
     assert (D(z) + D(-z)).abs().max() > 1e-4  # bends
+    assert small(mapping="none")[1]["F"](z).equal(z)
     signed = alae.Config(latent_dim=5, output="bounded", input_range="11")
     nets = alae.build(signed, 20)
     assert -1 <= nets["G"](10 * z).min() < -0.5
@@ -251,7 +252,7 @@ def test_evaluate_looks_at_the_right_images_and_features(input_range, monkeypatc
     def decode(w):
         return (G(w) + 1) / 2 if input_range == "11" else G(w)
 
-    z = torch.randn(10_000, 3, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(len(data.x_test), 3, generator=torch.Generator().manual_seed(0))
     close = torch.testing.assert_close
     close(handed["images"][0], decode(encode(data.x_test)))
     close(handed["images"][1], decode(F(z)))

@@ -97,7 +97,7 @@ def test_the_three_steps_rest_at_pca_and_not_off_it(float64):
     turn = torch.linalg.qr(torch.randn(K, K))[0]
     for R in (torch.eye(K), turn):  # any rotation of w
         put(nets, R @ E, G @ R.T)
-        nets["D"].B.data = (NU * top).sqrt().diag() @ R.T
+        nets["D"].B.data = (NU * (top - config.floor)).sqrt().diag() @ R.T
         assert max(forces(nets, x, config)) < 1e-10
     nets["D"].B.data *= 2**0.5
     assert forces(nets, x, config)[1] > 1e-3
@@ -105,7 +105,7 @@ def test_the_three_steps_rest_at_pca_and_not_off_it(float64):
     tilted = torch.linalg.qr(V[:, :K] + 0.3 * V[:, K:])[0]  # another space, whitened as well
     C = torch.linalg.cholesky(tilted.T @ (x.T @ x / len(x)) @ tilted)
     put(nets, torch.linalg.inv(C) @ tilted.T, tilted @ C)
-    nets["D"].B.data = torch.linalg.cholesky(NU * C.T @ C).T
+    nets["D"].B.data = torch.linalg.cholesky(NU * (C.T @ C - config.floor * torch.eye(K))).T
     first, second, third = forces(nets, x, config)
     assert second < 1e-10 and third < 1e-10 and first > 0.1
 
@@ -130,8 +130,20 @@ def test_r1_stretches_the_fixed_point(float64):
     top = values[:K] * (1 - 8 * gamma * NU)
     config, nets = linear_alae(x, adversarial="tangent", gamma=gamma, decay=NU * K)
     put(nets, torch.diag(top**-0.5) @ V[:, :K].T, V[:, :K] @ torch.diag(top**0.5))
-    nets["D"].B.data = (NU * top).sqrt().diag()
+    nets["D"].B.data = (NU * (top - config.floor)).sqrt().diag()
     assert max(forces(nets, x, config)) < 1e-9
+
+
+@pytest.mark.parametrize("floor", (0.0, 0.05))
+def test_with_a_floor_the_critic_sees_where_B_is_blind(floor, float64):
+    x = centred()
+    config, nets = linear_alae(x, adversarial="tangent", gamma=0.0, decay=NU * K, floor=floor)
+    nets["D"].B.data.zero_()
+    F, G, E = (nets[name].weight for name in "FGE")
+    loss = sum(alae.L_adv_ED(F, G, E, nets["D"], x, whitened(len(x), K), config))
+    (of_E,) = torch.autograd.grad(loss, E)
+    P, S = G @ G.T, x.T @ x / len(x)
+    torch.testing.assert_close(of_E, floor * NU * E @ (P - S))
 
 
 def test_the_top_eigenspace_attracts_and_another_does_not(float64):
@@ -144,7 +156,7 @@ def test_the_top_eigenspace_attracts_and_another_does_not(float64):
         config, nets = linear_alae(x, **options)
         E, G, B = nets["E"].weight, nets["G"].weight, nets["D"].B
         top = variances[kept]
-        B.data = top.sqrt().diag()  # ν = 1
+        B.data = (top - config.floor).sqrt().diag()  # ν = 1
         E.data.zero_()
         E.data[[0, 1], kept], G.data[kept, [0, 1]] = top**-0.5, top**0.5
         E.data += 0.05 * torch.randn(2, 4)

@@ -13,6 +13,7 @@ from argparse import Namespace
 import shared
 
 import figures
+import numpy as np
 import paper_table
 import pytest
 import sweep
@@ -393,3 +394,13 @@ def test_every_figure_is_drawn_from_what_is_kept(name):
     make, home = figures.FIGURES[name]
     assert (ROOT / home / f"{name}.png").exists()
     assert make(ROOT / "results").axes
+
+
+def test_the_official_main_branch_leaves_208_outputs_of_G_alone():
+    seen, used = figures.official_resampling(None).axes
+    assert "208 of G's 784" in used.get_title()
+    digits, resampled = np.split(seen.get_images()[0].get_array(), 2)
+    kept = [row for row in range(28) if row not in (5, 13, 21)]
+    lines = np.vstack([digits[:2] * 0, digits[kept], digits[:1] * 0])  # of the first digit's rows
+    first = np.hstack([lines[:, :2] * 0, lines[:, kept], lines[:, :1] * 0])
+    assert np.array_equal(resampled[:, :28], first)
