@@ -174,7 +174,7 @@ def evaluate(nets, data, config, full=False):
     Q, P = nets["Q"], nets["P"]
     z_train, z_test = shared.chunked(Q, data.x_train), shared.chunked(Q, data.x_test)
     x_rec = shared.chunked(P, z_test).sigmoid()
-    x_fake = shared.chunked(P, sample_prior(10_000, config, z_test.device, 0)).sigmoid()
+    x_fake = shared.chunked(P, sample_prior(len(z_test), config, z_test.device, 0)).sigmoid()
     metrics = shared.image_metrics(data, x_rec, x_fake)
     metrics |= shared.code_metrics(data, z_train, z_test, "short", full)
     if full:

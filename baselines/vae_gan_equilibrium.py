@@ -284,7 +284,7 @@ def evaluate(nets, data, config, full=False):
     Enc, Dec = nets["Enc"], nets["Dec"]
     hidden_train, mu_train = encode(Enc, data.x_train, data, config)
     hidden_test, mu_test = encode(Enc, data.x_test, data, config)
-    z = sample_prior(1000 if config.smoke else 10_000, config, mu_test.device)
+    z = sample_prior(len(data.x_test), config, mu_test.device)
     metrics = shared.image_metrics(data, decode(Dec, mu_test, data), decode(Dec, z, data))
     metrics |= shared.code_metrics(data, mu_train, mu_test, "short", full)
     if full:

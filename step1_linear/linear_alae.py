@@ -17,7 +17,7 @@ the k-dimensional space that E looks at.
 The decay ν keeps A from vanishing. Now Step I, A E(GGᵀ − Σ) = 0, gives G = ΣEᵀ; Step II gives
 EᵀA = νG; Step III EG = I. Together EΣ = AE/ν: the rows of E span an eigenspace of Σ, A = νΛ there,
 E = Λ^(−½)Vᵀ whitens, and GE is its projector. R1 only stretches: GᵀG = Λ(1 − 8γν), EEᵀ its
-inverse, as long as 8γν < 1; here that is 2/k, so k = 2 wants --gamma 0.1.
+inverse, as long as 8γν < 1; here that is 0.2.
 Of these eigenspaces PCA's is the stable one in the gradient flow, linearised: a turn of eᵢ from
 eigenvector i inside towards j outside, and of gᵢ, moves by (ė, ġ) = ν (λᵢ(λⱼ e − g), λᵢ e − g),
 which dies out if λᵢ > λⱼ and λᵢλⱼ < 1.
@@ -66,8 +66,8 @@ PRESETS = {
     "no-floor": {"floor": 0.0},  # A may lose a direction
     "critic-mlp": {"critic": "mlp"},  # sees more than second moments
     "no-decay": {"decay": 0.0},  # every whitened subspace is at rest
-    "decay-quarter": {"decay": 0.125},
-    "decay-times-4": {"decay": 2.0},
+    "decay-quarter": {"decay": 0.0125},
+    "decay-times-4": {"decay": 0.2},
     "unscaled": {"scale": 1.0},  # at k = 10 λ₁λ_{k+1} is then 5.7, not 0.2
     "mapping-linear": {"mapping": "linear"},  # F is learned, as in the paper
     "gamma-0": {"gamma": 0.0},  # nothing damps the game
@@ -95,7 +95,7 @@ class Config(shared.Protocol):
     adversarial: str = option("softplus", "paper's, or its tangent x/2", ("softplus", "tangent"))
     penalty: str = option("r1", "‖∇ₓD‖² (paper), (‖∇ₓD‖ − 1)² (the student's)", ("r1", "unit"))
     gamma: float = option(0.5, "γ/2 times the penalty in Step I (ours; paper: 10)", low=0)
-    decay: float = option(0.5, "kν, with ν/2 ‖G‖² in Step II (ours; paper: 0)", low=0)
+    decay: float = option(0.05, "ν, with ν/2 ‖G‖² in Step II (ours; paper: 0)", low=0)
     adams: str = option("steps", "one for each step (ours), or (E, D), (F, G)", ("steps", "nets"))
     mapping: str = option("identity", "F = I (ours), or a learned matrix", ("identity", "linear"))
     scale: float = option(0.0, "x is multiplied by this; 0: so that ⟨‖x‖²⟩ = k (ours)", low=0)
@@ -141,7 +141,7 @@ def build(config, x):
     if config.critic == "linear":
         D = nn.Sequential(nn.Linear(k, 1), nn.Flatten(0))
     elif config.critic == "quadratic":
-        D = Quadratic(k, config.floor * config.decay / k)
+        D = Quadratic(k, config.floor * config.decay)
     else:
         D = nn.Sequential(nn.Linear(k, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1), nn.Flatten(0))
     scaling = Scaling(mean, config.scale or (k / energy) ** 0.5)
@@ -191,7 +191,7 @@ def L_adv_ED(F, G, E, D, x, z, config):
 def L_adv_FG(F, G, E, D, z, config):
     """Step II on z (B, k): the adversarial loss, and ν/2 ‖G‖²."""
     w_fake = z @ (E.detach() @ G @ F).T
-    return f(-D(w_fake), config).mean(), config.decay / config.k / 2 * G.square().sum()
+    return f(-D(w_fake), config).mean(), config.decay / 2 * G.square().sum()
 
 
 def L_err_EG(F, G, E, z):

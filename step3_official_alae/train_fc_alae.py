@@ -44,10 +44,12 @@ from torch import nn
 from torch.nn.functional import softplus
 
 FAST = {"lr": 0.008, "batch_size": 64, "decay": 0.5}
+FIFTY = {"epochs": 50, "output": "bounded", "err_weight": 0.1}
 PRESETS = {
     "official": {},
     "mnist-ref": {"mapping": "none", "slope": 0.01, "eval_weights": "raw"},  # deviation 3
-    "fast": FAST | {"epochs": 50, "output": "bounded", "err_weight": 0.1},
+    "fast": FAST | FIFTY,
+    "signed": FAST | FIFTY | {"input_range": "11"},
     # The way from official to fast, and what else the paper leaves open: changes to FAST
     "rate": FAST,
     "rate-critic-mlp": FAST | {"critic": "mlp"},

@@ -341,9 +341,8 @@ def settled(config, data, K):
 @pytest.mark.parametrize("labels", (False, True))
 def test_what_evaluate_measures(labels, monkeypatch):
     config, data = aae.Config(labels=labels), toy_data()
-    nets, turns = settled(config, data, 10 * labels), aae.turns
+    nets = settled(config, data, 10 * labels)
     before, given = state_of(nets), record(monkeypatch)
-    monkeypatch.setattr(aae, "turns", lambda n, y: turns(n // 50, y))  # of 10,000 samples
     metrics = aae.evaluate(nets, data, config, full=True)
     assert_same(before, state_of(nets))
     Q, P = nets.eval()["Q"], nets["P"]
@@ -369,7 +368,6 @@ def test_what_evaluate_measures(labels, monkeypatch):
 
 def test_long_features_of_convolutions_come_before_the_last_layer(monkeypatch):
     config, data = aae.Config(net="conv"), toy_data(n=20, m=10)
-    monkeypatch.setattr(aae, "turns", lambda n, y: y[:10])  # fewer samples
     nets, given = start(config, 0)[0], record(monkeypatch)
     aae.evaluate(nets, data, config, full=True)
     last = nets["Q"][-2]

@@ -92,7 +92,7 @@ def test_the_three_steps_rest_at_pca_and_not_off_it(float64):
     x = centred()
     values, V = eigen(x)
     top, V = values[:K], V[:, : 2 * K]
-    config, nets = linear_alae(x, adversarial="tangent", gamma=0.0, decay=NU * K)
+    config, nets = linear_alae(x, adversarial="tangent", gamma=0.0, decay=NU)
     E, G = torch.diag(top**-0.5) @ V[:, :K].T, V[:, :K] @ torch.diag(top**0.5)
     turn = torch.linalg.qr(torch.randn(K, K))[0]
     for R in (torch.eye(K), turn):  # any rotation of w
@@ -128,7 +128,7 @@ def test_r1_stretches_the_fixed_point(float64):
     x, gamma = centred(), 0.1
     values, V = eigen(x)
     top = values[:K] * (1 - 8 * gamma * NU)
-    config, nets = linear_alae(x, adversarial="tangent", gamma=gamma, decay=NU * K)
+    config, nets = linear_alae(x, adversarial="tangent", gamma=gamma, decay=NU)
     put(nets, torch.diag(top**-0.5) @ V[:, :K].T, V[:, :K] @ torch.diag(top**0.5))
     nets["D"].B.data = (NU * (top - config.floor)).sqrt().diag()
     assert max(forces(nets, x, config)) < 1e-9
@@ -137,7 +137,7 @@ def test_r1_stretches_the_fixed_point(float64):
 @pytest.mark.parametrize("floor", (0.0, 0.05))
 def test_with_a_floor_the_critic_sees_where_B_is_blind(floor, float64):
     x = centred()
-    config, nets = linear_alae(x, adversarial="tangent", gamma=0.0, decay=NU * K, floor=floor)
+    config, nets = linear_alae(x, adversarial="tangent", gamma=0.0, decay=NU, floor=floor)
     nets["D"].B.data.zero_()
     F, G, E = (nets[name].weight for name in "FGE")
     loss = sum(alae.L_adv_ED(F, G, E, nets["D"], x, whitened(len(x), K), config))
@@ -152,7 +152,7 @@ def test_the_top_eigenspace_attracts_and_another_does_not(float64):
     x = whitened(40, 4) @ variances.diag().sqrt()
 
     def angle_after(kept, steps=200, eta=0.2):
-        options = {"k": 2, "adversarial": "tangent", "gamma": 0.0, "decay": 2.0, "init_G": 0.0}
+        options = {"k": 2, "adversarial": "tangent", "gamma": 0.0, "decay": 1.0, "init_G": 0.0}
         config, nets = linear_alae(x, **options)
         E, G, B = nets["E"].weight, nets["G"].weight, nets["D"].B
         top = variances[kept]
@@ -189,7 +189,7 @@ def test_the_penalty_is_on_the_gradient_for_x(critic, penalty, float64):
 @pytest.mark.parametrize("adversarial", ("softplus", "tangent"))
 def test_the_adversarial_losses_are_the_papers(adversarial, float64):
     x, z = centred(50), torch.randn(50, K)
-    config, nets = linear_alae(x, adversarial=adversarial, mapping="linear", decay=0.6)
+    config, nets = linear_alae(x, adversarial=adversarial, mapping="linear", decay=0.2)
     F, G, E = (nets[name].weight for name in "FGE")
     f = softplus if adversarial == "softplus" else lambda t: t / 2
     real, fake = nets["D"](x @ E.T), nets["D"](z @ F.T @ G.T @ E.T)
