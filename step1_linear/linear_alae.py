@@ -236,8 +236,16 @@ def maps(nets):
 
 
 def evaluate(nets, data, config, full=False):
-    """Errors over PCA's and angles to its subspace; at the end what the codes are worth."""
-    return data.metrics(*maps(nets), full)
+    """Errors over PCA's and angles to its subspace; at the end what the codes are worth.
+
+    least_A: the least eigenvalue of A/ν, λ_k at rest; where it is 0, D is blind in a direction.
+    """
+    metrics = data.metrics(*maps(nets), full)
+    if config.critic == "quadratic" and config.decay:
+        B, floor = nets["D"].B, nets["D"].floor
+        least = torch.linalg.eigvalsh(B.T @ B)[0].item() + floor
+        metrics["eval/least_A"] = least / config.decay
+    return metrics
 
 
 def draw(run, data, config):

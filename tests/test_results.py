@@ -16,9 +16,11 @@ import figures
 import numpy as np
 import paper_table
 import pytest
+import svm_scale
 import sweep
 import table
-from conftest import ROOT
+import torch
+from conftest import ROOT, toy_data
 from wandb import wandb_agent
 
 SWEEPS = sorted(ROOT.glob("*/sweeps/*.yaml"))
@@ -404,3 +406,21 @@ def test_the_official_main_branch_leaves_208_outputs_of_G_alone():
     lines = np.vstack([digits[:2] * 0, digits[kept], digits[:1] * 0])  # of the first digit's rows
     first = np.hstack([lines[:, :2] * 0, lines[:, kept], lines[:, :1] * 0])
     assert np.array_equal(resampled[:, :28], first)
+
+
+def test_the_svm_sees_features_as_they_are_and_standardised_by_the_training_images(monkeypatch):
+    data, given = toy_data(), []
+    config = svm_scale.autoencoder_mnist.Config()
+    nets = svm_scale.autoencoder_mnist.build(config, 784)
+    monkeypatch.setattr(
+        svm_scale.shared, "svm_accuracy", lambda *a, C: given.append((a, C)) or 50.0
+    )
+    text = svm_scale.table(config, data, nets)
+    assert [C for _, C in given] == pytest.approx([0.02, 0.2, 2.0, 20.0] * 2)
+    (train, y_train, test, y_test), (standard, _, other, _) = given[0][0], given[4][0]
+    with torch.no_grad():
+        torch.testing.assert_close(test, nets["E"][:4](data.x_test))
+    assert y_train is data.y_train and y_test is data.y_test
+    moved = (test - train.mean(0)) / (train.std(0) + 1e-6)
+    torch.testing.assert_close(other, moved)
+    assert standard.mean().abs() < 1e-5 and text.count("50.00") == 8
