@@ -40,6 +40,7 @@ NAMES = {  # of metrics, in the order of columns
     "angle": "largest angle, rad",
     "angle_E": "largest angle of E, rad",
     "angle_G": "of G",
+    "least_A": "least eigenvalue of A",
     "knn_acc_short": "1-NN short",
     "knn_acc_long": "1-NN long",
     "svm_acc_short": "SVM short",

@@ -30,7 +30,7 @@ A = BᵀB + φνI: D never goes blind, and as long as φ < λ_k nothing changes 
     python step1_linear/linear_alae.py --preset student          # the student's, which fails
     python results/sweep.py step1_linear/sweeps/ablation.yaml    # what each ingredient is for
 
-Expect (seeds 0 to 2, test MSE over PCA's): 1.0000 at k = 10, 1.019 to 1.031 at k = 50; student 2.1.
+Expect (test MSE over PCA's): 1.0000 at k = 10, 1.013 to 1.015 at k = 50; student 2.1.
 
 Deviations from the paper:
  1. Linear maps without bias, F = I and the decay ν. x is scaled to the energy of z, ⟨‖x‖²⟩ = k.
