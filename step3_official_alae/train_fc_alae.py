@@ -26,7 +26,8 @@ Deviations from the paper (P) or the official code (O: github.com/podgorskiy/ALA
  7. O: features for the classifiers come from the raw weights, pictures from the averaged; here
     both come from --eval-weights, ema by default.
  8. --preset fast is ours: four times the learning rate on half the batch, falling to 0 over the
-    second half of the training, a sigmoid behind G, and a tenth of L_err. README.md: why.
+    second half of the training, a sigmoid behind G, and a tenth of L_err. --preset signed: the
+    same on x ∈ [−1, 1], with a tanh. README.md: why.
 """
 
 import copy
