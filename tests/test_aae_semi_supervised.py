@@ -157,11 +157,9 @@ def test_what_the_semi_supervised_evaluate_measures(cluster, monkeypatch):
     K = cluster or 10
     nets, opts = semi_start(config, K)
     semi.train_step(nets, opts, data.x_train[:64], None, config)
-    before, given, prior = state_of(nets), record(monkeypatch), semi.prior
-    monkeypatch.setattr(semi, "prior", lambda n, *rest: prior(n // 50, *rest))  # of 10,000
+    before, given = state_of(nets), record(monkeypatch)
     metrics = semi.evaluate(nets, data, config, full=True)
     assert_same(before, state_of(nets))
-    monkeypatch.setattr(semi, "prior", prior)
     run = fake_run(nets, config)
     semi.draw(run, data, config)
     assert_same(before, state_of(nets))

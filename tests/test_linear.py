@@ -678,7 +678,7 @@ def test_the_ablation_is_judged_on_validation_images(monkeypatch):
         with pytest.raises(AttributeError):  # there are no images here
             alae.main(config)
         presets.append((config.preset, config.seed))
-    assert asked == ["val"] * 48
+    assert asked == ["val"] * 51
     studied = set(alae.PRESETS) - {"student"}
     assert set(presets) == set(itertools.product(studied, (0, 1, 2)))
 

@@ -349,7 +349,12 @@ def test_ours_stand_below_the_papers(tmp_path):
     assert rows[place + 1] == ours
     assert rows[place + 2] == ["ALAE, preset fast", "9", "1", "93.00", "93.00", "–", "–"]
     front = cells(paper_table.front_table(found))
-    assert front[0][:7] == [*ours[:3], "94.59", "95.00", "94.23", "95.00"]
+    assert front[0][:7] == [*ours[:3], "94.59", "**95.00**", "94.23", "**95.00**"]
+    between = paper_table.gather(write(tmp_path / "between", paper_run(OFFICIAL, "dw", 0, 94.3)))
+    assert cells(paper_table.front_table(between))[0][3:7] == [
+        *("94.59", "94.30"),
+        *("94.23", "**94.30**"),
+    ]
 
 
 def test_along_the_training_of_the_longest_run_and_at_the_ends_of_longer_ones(tmp_path):

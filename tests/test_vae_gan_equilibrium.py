@@ -295,8 +295,7 @@ def test_what_evaluate_measures_and_draw_shows(monkeypatch):
     nets = equilibrium.build(config, 1)
     x = equilibrium.enlarge(data.images(data.x_train[:16]), config)
     equilibrium.train_step(nets, sgd(nets, 1e-3), x, config)
-    before, given, prior = state_of(nets), record(monkeypatch), equilibrium.sample_prior
-    monkeypatch.setattr(equilibrium, "sample_prior", lambda n, *rest: prior(n // 50, *rest))
+    before, given = state_of(nets), record(monkeypatch)
     equilibrium.evaluate(nets, data, config, full=True)
     run = fake_run(nets, config)
     equilibrium.draw(run, data, config)
