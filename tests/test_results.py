@@ -417,9 +417,12 @@ def test_the_svm_sees_features_as_they_are_and_standardised_by_the_training_imag
     data, given = toy_data(), []
     config = svm_scale.autoencoder_mnist.Config()
     nets = svm_scale.autoencoder_mnist.build(config, 784)
-    monkeypatch.setattr(
-        svm_scale.shared, "svm_accuracy", lambda *a, C: given.append((a, C)) or 50.0
-    )
+
+    def svm_accuracy(*features, C):
+        given.append((features, C))
+        return 50.0
+
+    monkeypatch.setattr(svm_scale.shared, "svm_accuracy", svm_accuracy)
     text = svm_scale.table(config, data, nets)
     assert [C for _, C in given] == pytest.approx([0.02, 0.2, 2.0, 20.0] * 2)
     (train, y_train, test, y_test), (standard, _, other, _) = given[0][0], given[4][0]
