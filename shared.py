@@ -35,7 +35,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
-from torch.nn.functional import cross_entropy, one_hot, pad
+from torch.nn.functional import cross_entropy, interpolate, normalize, one_hot, pad
 from torchvision import datasets
 from tqdm import tqdm
 
@@ -282,6 +282,20 @@ def read_pictures(folder, size, limit):
         pictures.append(np.asarray(image))
     x = torch.from_numpy(np.stack(pictures))
     return x[..., :1] if (x == x[..., :1]).all() else x
+
+
+def enlarge(images, size):
+    """Images (B, C, H, W) in [0, 1] → (B, C, size, size) in [−1, 1]."""
+    if images.shape[-1] != size:
+        images = interpolate(images, size, mode="bicubic").clamp(0, 1)
+    return 2 * images - 1
+
+
+def reduce(x, shape):
+    """The way back from (B, C, S, S), antialiased, to vectors (B, X) of images (C, H, W)."""
+    if x.shape[1:] != shape:
+        x = interpolate(x, shape[1:], mode="bicubic", antialias=True).clamp(-1, 1)
+    return (x.flatten(1) + 1) / 2
 
 
 def batches(x, batch_size, seed, epoch):
@@ -638,6 +652,20 @@ def image_metrics(data, x_rec=None, x_fake=None):
         x_fake = data.images(x_fake[: len(data.x_test)])  # as many; fewer in a smoke run alone
         metrics["eval/fid"] = lenet.fid(data.images(data.x_test), x_fake)
     return metrics
+
+
+def sliced_wasserstein(a, b, directions=200):
+    """Mean over random directions of the 1-Wasserstein distance between projections of (N, Z)."""
+    generator = torch.Generator().manual_seed(0)
+    theta = normalize(torch.randn(a.shape[1], directions, generator=generator), dim=0).to(a)
+    return ((a @ theta).sort(0).values - (b @ theta).sort(0).values).abs().mean().item()
+
+
+def prior_gap(z, sample):
+    """Distance of codes z (N, Z) to draws sample(seed) (N, Z); of two such draws: the floor."""
+    draws = [(sample(seed), sample(seed + 1)) for seed in (1, 3, 5, 7)]
+    gap = sum(sliced_wasserstein(z, other) for _, other in draws) / 4
+    return gap, sum(sliced_wasserstein(one, other) for one, other in draws) / 4
 
 
 class PCA:

@@ -42,7 +42,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
-from torch.nn.functional import avg_pool2d, normalize, one_hot, pad, softplus
+from torch.nn.functional import avg_pool2d, one_hot, pad, softplus
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 HEAD = {"norm_last": False, "sums": False, "rule": "before"}
@@ -213,24 +213,10 @@ def turns(n, y):
     return torch.eye(max(y.shape[1], 1), device=y.device).repeat(n, 1)[:n, : y.shape[1]]
 
 
-def sliced_wasserstein(a, b, directions=200):
-    """Mean over random directions of the 1-Wasserstein distance between projections of (N, Z)."""
-    generator = torch.Generator().manual_seed(0)
-    theta = normalize(torch.randn(a.shape[1], directions, generator=generator), dim=0).to(a)
-    return ((a @ theta).sort(0).values - (b @ theta).sort(0).values).abs().mean().item()
-
-
-def prior_gap(z, y, config):
-    """Distance of z (N, Z) to draws of p(z), a row for each of y; of two such draws: the floor."""
-    pairs = [[sample_prior(y, config, seed + i) for i in (0, 1)] for seed in (1, 3, 5, 7)]
-    gap = sum(sliced_wasserstein(z, other) for _, other in pairs) / 4
-    return gap, sum(sliced_wasserstein(one, other) for one, other in pairs) / 4
-
-
 def evaluate(nets, data, config, full=False):
     nets.eval()
     Q, P = nets["Q"], nets["P"]
-    y_train, y_test = given_labels(data, config)
+    _, y_test = given_labels(data, config)
     z_train, z_test = shared.chunked(Q, data.x_train), shared.chunked(Q, data.x_test)
     y = turns(len(y_test), y_test)
     x_fake = shared.chunked(P, torch.cat([sample_prior(y, config, 0), y], 1)).sigmoid()
@@ -241,11 +227,15 @@ def evaluate(nets, data, config, full=False):
         hidden = Q[:-1] if config.net == "dense" else Q[:-2]
         long = [shared.chunked(hidden, x).flatten(1) for x in (data.x_train, data.x_test)]
         metrics |= shared.code_metrics(data, *long, "long")
-    metrics["eval/prior_gap"], metrics["eval/prior_gap_floor"] = prior_gap(z_test, y_test, config)
-    n = len(z_test)
-    metrics["eval/prior_gap_train"], _ = prior_gap(z_train[:n], y_train[:n], config)
+
+    def sample(seed):
+        return sample_prior(y_test, config, seed)
+
+    gap, floor = shared.prior_gap(z_test, sample)
+    gap_train, _ = shared.prior_gap(z_train[: len(z_test)], sample)
+    metrics |= {"eval/prior_gap": gap, "eval/prior_gap_floor": floor}
     nets.train()
-    return metrics
+    return metrics | {"eval/prior_gap_train": gap_train}
 
 
 @torch.no_grad()

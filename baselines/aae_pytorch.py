@@ -34,7 +34,7 @@ from shared import option
 import torch
 from matplotlib.figure import Figure
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits, normalize, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 PRESETS = {
     "readme": {},
@@ -151,37 +151,23 @@ def optimizers(nets, config):
     return opts
 
 
-def sliced_wasserstein(a, b, directions=200):
-    """Mean over random directions of the 1-Wasserstein distance between projections of (N, Z)."""
-    generator = torch.Generator().manual_seed(0)
-    theta = normalize(torch.randn(a.shape[1], directions, generator=generator), dim=0).to(a)
-    return ((a @ theta).sort(0).values - (b @ theta).sort(0).values).abs().mean().item()
-
-
-def prior_gap(z, config, draws=4):
-    """Distance of z (N, Z) to draws of p(z); of two such draws: the floor."""
-    gap, floor = 0.0, 0.0
-    for i in range(draws):
-        one = sample_prior(len(z), config, z.device, 2 * i + 1)
-        other = sample_prior(len(z), config, z.device, 2 * i + 2)
-        gap += sliced_wasserstein(z, other) / draws
-        floor += sliced_wasserstein(one, other) / draws
-    return gap, floor
-
-
 def evaluate(nets, data, config, full=False):
     nets.eval()
     Q, P = nets["Q"], nets["P"]
-    z_train, z_test = shared.chunked(Q, data.x_train), shared.chunked(Q, data.x_test)
+    long = [shared.chunked(Q[:-1], x) for x in (data.x_train, data.x_test)]
+    z_train, z_test = [shared.chunked(Q[-1], hidden) for hidden in long]
     x_rec = shared.chunked(P, z_test).sigmoid()
     x_fake = shared.chunked(P, sample_prior(len(z_test), config, z_test.device, 0)).sigmoid()
     metrics = shared.image_metrics(data, x_rec, x_fake)
     metrics |= shared.code_metrics(data, z_train, z_test, "short", full)
     if full:
-        long = [shared.chunked(Q[:-1], x) for x in (data.x_train, data.x_test)]
         metrics |= shared.code_metrics(data, *long, "long")
-    gap, floor = prior_gap(z_test, config)
-    gap_train, _ = prior_gap(z_train[: len(z_test)], config)
+
+    def sample(seed):
+        return sample_prior(len(z_test), config, z_test.device, seed)
+
+    gap, floor = shared.prior_gap(z_test, sample)
+    gap_train, _ = shared.prior_gap(z_train[: len(z_test)], sample)
     metrics |= {"eval/prior_gap": gap, "eval/prior_gap_floor": floor}
     nets.train()
     return metrics | {"eval/prior_gap_train": gap_train}

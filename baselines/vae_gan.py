@@ -37,7 +37,7 @@ from shared import option
 import torch
 from torch import nn
 from torch.autograd import grad
-from torch.nn.functional import interpolate, softplus
+from torch.nn.functional import softplus
 from torch.optim import RMSprop
 
 PAIRS = (3, 8), (4, 9), (7, 1), (0, 6)  # of classes, for the latent arithmetic
@@ -203,29 +203,19 @@ def vae_step(nets, opts, x, config):
     return {"L_prior": prior.detach(), "L_llike": llike.detach()}
 
 
-def enlarge(images, config):
-    """Images (B, C, H, W) in [0, 1] → what the nets see, (B, C, S, S) in [−1, 1]."""
-    if images.shape[-1] != config.image_size:
-        images = interpolate(images, config.image_size, mode="bicubic").clamp(0, 1)
-    return 2 * images - 1
-
-
-def reduce(x, shape):
-    """The way back, antialiased, to vectors (B, X)."""
-    if x.shape[1:] != shape:
-        x = interpolate(x, shape[1:], mode="bicubic", antialias=True).clamp(-1, 1)
-    return (x.flatten(1) + 1) / 2
-
-
 def encode(Enc, x, data, config):
     """Activations before Enc's last layers (N, H), and μ (N, Z); its nets need 10 MB an image."""
-    hidden = shared.chunked(lambda part: Enc[:-1](enlarge(data.images(part), config)), x, 250)
+
+    def to_hidden(part):
+        return Enc[:-1](shared.enlarge(data.images(part), config.image_size))
+
+    hidden = shared.chunked(to_hidden, x, 250)
     return hidden, shared.chunked(Enc[-1].mu, hidden, 250)
 
 
 def decode(Dec, z, data):
     """Vectors (N, X) in [0, 1] of codes z (N, Z)."""
-    return shared.chunked(lambda part: reduce(Dec(part), data.shape), z, 250)
+    return shared.chunked(lambda part: shared.reduce(Dec(part), data.shape), z, 250)
 
 
 def sample_prior(n, config, device):
@@ -245,8 +235,8 @@ def evaluate(nets, data, config, full=False):
     metrics |= shared.code_metrics(data, mu_train, mu_test, "short", full)
     if full:
         metrics |= shared.code_metrics(data, hidden_train, hidden_test, "long")
-        resized = reduce(enlarge(data.images(data.x_test), config), data.shape)
-        floor = shared.image_metrics(data, x_fake=resized)
+        enlarged = shared.enlarge(data.images(data.x_test), config.image_size)
+        floor = shared.image_metrics(data, x_fake=shared.reduce(enlarged, data.shape))
         metrics |= {f"{name}_floor": value for name, value in floor.items()}
     nets.train()
     return metrics
@@ -311,7 +301,7 @@ def main(config):
         opts["Dis"].param_groups[0]["lr"] = config.lr * config.dis_lr
     parts = {"nets": nets} | {f"opt_{name}": opt for name, opt in opts.items()}
     step = vae_step if config.method == "vae" else train_step
-    x_train, steps = data.x_train, len(data.x_train) // config.batch_size
+    steps = len(data.x_train) // config.batch_size
     steps = min(steps, config.max_steps or steps)
 
     run = shared.Run(config, device, nets, steps)  # its own
@@ -321,7 +311,8 @@ def main(config):
         for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
             if run.step_in_epoch == steps:  # its own
                 break  # its own
-            losses = step(nets, opts, enlarge(data.images(x_train[i]), config), config)  # its own
+            x = shared.enlarge(data.images(data.x_train[i]), config.image_size)  # its own
+            losses = step(nets, opts, x, config)  # its own
             epoch_losses.append(losses)  # its own
             run.step(losses, len(i))
         run.history["losses"] += means_of_20(epoch_losses, run.before)  # its own

@@ -36,7 +36,7 @@ from shared import option
 import torch
 from torch import nn
 from torch.autograd import grad
-from torch.nn.functional import interpolate, softplus
+from torch.nn.functional import softplus
 from torch.optim import RMSprop
 
 LEARNS = {"lr": 3e-4, "lr_decay": 1.0, "gamma_enc": 10.0, "lambda_mse": 1e-2}
@@ -247,29 +247,19 @@ def train_step(nets, opts, x, config):
     return {name: loss.detach().float() for name, loss in losses.items()}  # sums of an image
 
 
-def enlarge(images, config):
-    """Images (B, C, H, W) in [0, 1] → what the nets see, (B, C, S, S) in [−1, 1]."""
-    if images.shape[-1] != config.image_size:
-        images = interpolate(images, config.image_size, mode="bicubic").clamp(0, 1)
-    return 2 * images - 1
-
-
-def reduce(x, shape):
-    """The way back, antialiased, to vectors (B, X)."""
-    if x.shape[1:] != shape:
-        x = interpolate(x, shape[1:], mode="bicubic", antialias=True).clamp(-1, 1)
-    return (x.flatten(1) + 1) / 2
-
-
 def encode(Enc, x, data, config):
     """Activations before Enc's last layers (N, H), and μ (N, Z)."""
-    hidden = shared.chunked(lambda part: Enc[:-1](enlarge(data.images(part), config)), x, 250)
+
+    def to_hidden(part):
+        return Enc[:-1](shared.enlarge(data.images(part), config.image_size))
+
+    hidden = shared.chunked(to_hidden, x, 250)
     return hidden, shared.chunked(Enc[-1].mu, hidden, 250)
 
 
 def decode(Dec, z, data):
     """Vectors (N, X) in [0, 1] of codes z (N, Z)."""
-    return shared.chunked(lambda part: reduce(Dec(part), data.shape), z, 250)
+    return shared.chunked(lambda part: shared.reduce(Dec(part), data.shape), z, 250)
 
 
 def sample_prior(n, config, device):
@@ -323,7 +313,7 @@ def main(config):
         for opt in opts.values():  # its own
             opt.param_groups[0]["lr"] = config.lr * config.lr_decay ** (epoch - 1)  # its own
         for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
-            x = enlarge(data.images(data.x_train[i]), config)  # its own
+            x = shared.enlarge(data.images(data.x_train[i]), config.image_size)  # its own
             losses = train_step(nets, opts, x, config)  # its own
             run.step(losses, len(i))
         run.log_losses()

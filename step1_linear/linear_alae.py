@@ -21,10 +21,9 @@ inverse, as long as 8γν < 1; here that is 0.2.
 Of these eigenspaces PCA's is the stable one in the gradient flow, linearised: a turn of eᵢ from
 eigenvector i inside towards j outside, and of gᵢ, moves by (ė, ġ) = ν (λᵢ(λⱼ e − g), λᵢ e − g),
 which dies out if λᵢ > λⱼ and λᵢλⱼ < 1.
-On the way there A may lose a direction. While a row of E still sees little but noise, R1 weighs
-more than what D could tell there, and B's gradient, 2B∂A, vanishes with B. On Fashion-MNIST, whose
-eigenvalues differ more, eigenvalues of A then end at 0 and E misses directions. So
-A = BᵀB + φνI: D never goes blind, and as long as φ < λ_k nothing changes at rest.
+On the way there an eigenvalue of BᵀB may fall to 0 and stay, since B's gradient vanishes with B: on
+Fashion-MNIST D goes blind in a direction and E misses one. So A = BᵀB + φνI: D sees them all, and
+as long as φ < λ_k nothing changes at rest.
 
     python step1_linear/linear_alae.py                           # MNIST, k = 10; or --k 50
     python step1_linear/linear_alae.py --preset student          # the student's, which fails
@@ -33,7 +32,8 @@ A = BᵀB + φνI: D never goes blind, and as long as φ < λ_k nothing changes 
 Expect (test MSE over PCA's): 1.0000 at k = 10, 1.013 to 1.015 at k = 50; student 2.1.
 
 Deviations from the paper:
- 1. Linear maps without bias, F = I and the decay ν. x is scaled to the energy of z, ⟨‖x‖²⟩ = k.
+ 1. Linear maps without bias, F = I, the decay ν and the floor φ. x is scaled to the energy of z,
+    ⟨‖x‖²⟩ = k.
  2. Each step has an Adam of its own; in the paper one is for (E, D) and one for (F, G).
  3. The learning rates fall linearly to 1 %, since Adam with β₁ = 0 keeps shaking the weights by
     about lr. D's is smaller, for k = 50. γ is 0.5, not 10: 8γν < 1.

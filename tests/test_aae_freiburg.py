@@ -317,14 +317,18 @@ def test_sliced_wasserstein_and_the_floor():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 500, 1, generator=generator) * torch.tensor([[[1.0]], [[2.0]]])
     expected = wasserstein_distance(a[:, 0].numpy(), b[:, 0].numpy() + 1)
-    assert aae.sliced_wasserstein(a, b + 1) == pytest.approx(expected, rel=1e-5)
+    assert shared.sliced_wasserstein(a, b + 1) == pytest.approx(expected, rel=1e-5)
     shift = torch.tensor([3.0, 4.0])  # E |θ·shift| = ‖shift‖ 2/π for a direction θ in the plane
     a = torch.randn(500, 2)
-    assert aae.sliced_wasserstein(a, a + shift) == pytest.approx(10 / math.pi, rel=0.1)
+    assert shared.sliced_wasserstein(a, a + shift) == pytest.approx(10 / math.pi, rel=0.1)
     config, y = aae.Config(latent_dim=2), torch.empty(1000, 0)
-    gap, floor = aae.prior_gap(aae.sample_prior(y, config, 99), y, config)
+
+    def sample(seed):
+        return aae.sample_prior(y, config, seed)
+
+    gap, floor = shared.prior_gap(sample(99), sample)
     assert gap == pytest.approx(floor, rel=1) and floor < 0.06
-    assert aae.prior_gap(1.5 * aae.sample_prior(y, config, 99), y, config)[0] > 0.2
+    assert shared.prior_gap(1.5 * sample(99), sample)[0] > 0.2
 
 
 # Evaluation
@@ -358,9 +362,13 @@ def test_what_evaluate_measures(labels, monkeypatch):
         for kind, net in (("short", Q), ("long", Q[:-1])):
             torch.testing.assert_close(given[kind][0], net(data.x_train))
             torch.testing.assert_close(given[kind][1], net(data.x_test))
-        y_train, y_test = aae.given_labels(data, config)
-        gap, floor = aae.prior_gap(Q(data.x_test), y_test, config)
-        gap_train, _ = aae.prior_gap(Q(data.x_train[:200]), y_train[:200], config)
+        _, y_test = aae.given_labels(data, config)
+
+        def sample(seed):
+            return aae.sample_prior(y_test, config, seed)
+
+        gap, floor = shared.prior_gap(Q(data.x_test), sample)
+        gap_train, _ = shared.prior_gap(Q(data.x_train[:200]), sample)
     assert metrics["eval/prior_gap"] == pytest.approx(gap, rel=1e-4)
     assert metrics["eval/prior_gap_floor"] == pytest.approx(floor, rel=1e-4)
     assert metrics["eval/prior_gap_train"] == pytest.approx(gap_train, rel=1e-4)

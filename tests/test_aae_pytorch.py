@@ -123,17 +123,20 @@ def test_the_prior_and_the_distance_to_it():
     assert torch.get_rng_state().equal(before)
     shift = torch.tensor([3.0, 4.0])  # E |θ·shift| = ‖shift‖ 2/π for a direction θ in the plane
     a = torch.randn(500, 2)
-    assert aae.sliced_wasserstein(a, a + shift) == pytest.approx(10 / math.pi, rel=0.1)
-    gap, floor = aae.prior_gap(aae.sample_prior(1000, config, cpu, 99), config)
+    assert shared.sliced_wasserstein(a, a + shift) == pytest.approx(10 / math.pi, rel=0.1)
+
+    def sample(seed):
+        return aae.sample_prior(1000, config, cpu, seed)
+
+    gap, floor = shared.prior_gap(sample(99), sample)
     assert gap == pytest.approx(floor, rel=1) and floor < 0.3
-    assert aae.prior_gap(1.5 * aae.sample_prior(1000, config, cpu, 99), config)[0] > 1
+    assert shared.prior_gap(1.5 * sample(99), sample)[0] > 1
 
 
 def test_what_evaluate_measures_and_draw_draws(monkeypatch):
     config, data = preset("readme"), toy_data()
     nets = start(config)[0]
-    before, given, sample_prior = state_of(nets), record(monkeypatch), aae.sample_prior
-    monkeypatch.setattr(aae, "sample_prior", lambda n, *rest: sample_prior(min(n, 200), *rest))
+    before, given = state_of(nets), record(monkeypatch)
     metrics = aae.evaluate(nets, data, config, full=True)
     assert_same(before, state_of(nets))
     run = fake_run(nets, config)
@@ -149,8 +152,12 @@ def test_what_evaluate_measures_and_draw_draws(monkeypatch):
         for kind, net in (("short", Q), ("long", Q[:-1])):
             torch.testing.assert_close(given[kind][0], net(data.x_train))
             torch.testing.assert_close(given[kind][1], net(data.x_test))
-        gap, _ = aae.prior_gap(Q(data.x_test), config)
-        gap_train, _ = aae.prior_gap(Q(data.x_train[:200]), config)
+
+        def sample(seed):
+            return aae.sample_prior(200, config, z.device, seed)
+
+        gap, _ = shared.prior_gap(Q(data.x_test), sample)
+        gap_train, _ = shared.prior_gap(Q(data.x_train[:200]), sample)
     assert metrics["eval/prior_gap"] == pytest.approx(gap, rel=1e-4)
     assert metrics["eval/prior_gap_train"] == pytest.approx(gap_train, rel=1e-4)
 

@@ -105,14 +105,14 @@ def test_initial_weights():
 
 @pytest.mark.parametrize("size", (32, 64))
 def test_images_are_enlarged_and_reduced(size):
-    images, config = torch.linspace(0, 1, 28).expand(2, 3, 28, 28), configure(image_size=size)
-    large = vae_gan.enlarge(images, config)
+    images = torch.linspace(0, 1, 28).expand(2, 3, 28, 28)
+    large = shared.enlarge(images, size)
     assert large.shape == (2, 3, size, size) and large.min() == -1 and large.max() == 1
-    again = vae_gan.reduce(large, images.shape[1:])
+    again = shared.reduce(large, images.shape[1:])
     torch.testing.assert_close(again, images.flatten(1), atol=0.02, rtol=0)
     native = torch.rand(2, 3, size, size)
-    torch.testing.assert_close(vae_gan.enlarge(native, config), 2 * native - 1)
-    torch.testing.assert_close(vae_gan.reduce(2 * native - 1, native.shape[1:]), native.flatten(1))
+    torch.testing.assert_close(shared.enlarge(native, size), 2 * native - 1)
+    torch.testing.assert_close(shared.reduce(2 * native - 1, native.shape[1:]), native.flatten(1))
 
 
 # Losses
@@ -227,7 +227,7 @@ def small():
     torch.manual_seed(0)
     config, data = configure(epochs=1), toy_data()
     nets = vae_gan.build(config, 1)
-    x = vae_gan.enlarge(data.images(data.x_train[:16]), config)
+    x = shared.enlarge(data.images(data.x_train[:16]), 32)
     vae_gan.train_step(nets, sgd(nets, 1e-3), x, config)
     return config, data, nets
 

@@ -293,7 +293,7 @@ def test_what_evaluate_measures_and_draw_shows(monkeypatch):
     torch.manual_seed(0)
     config, data = configure(epochs=1), toy_data()
     nets = equilibrium.build(config, 1)
-    x = equilibrium.enlarge(data.images(data.x_train[:16]), config)
+    x = shared.enlarge(data.images(data.x_train[:16]), config.image_size)
     equilibrium.train_step(nets, sgd(nets, 1e-3), x, config)
     before, given = state_of(nets), record(monkeypatch)
     equilibrium.evaluate(nets, data, config, full=True)
@@ -303,11 +303,11 @@ def test_what_evaluate_measures_and_draw_shows(monkeypatch):
     assert run.names == ["samples", "reconstructions"]
     Enc, Dec = nets.eval()["Enc"], nets["Dec"]
     with torch.no_grad():
-        train = equilibrium.enlarge(data.images(data.x_train), config)
-        test = equilibrium.enlarge(data.images(data.x_test), config)
+        train = shared.enlarge(data.images(data.x_train), config.image_size)
+        test = shared.enlarge(data.images(data.x_test), config.image_size)
         z = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
         x_rec, x_fake = given["images"][0]
-        torch.testing.assert_close(x_rec, equilibrium.reduce(Dec(Enc(test)[0]), data.shape))
-        torch.testing.assert_close(x_fake, equilibrium.reduce(Dec(z), data.shape))
+        torch.testing.assert_close(x_rec, shared.reduce(Dec(Enc(test)[0]), data.shape))
+        torch.testing.assert_close(x_fake, shared.reduce(Dec(z), data.shape))
         torch.testing.assert_close(given["short"], (Enc(train)[0], Enc(test)[0]))
         torch.testing.assert_close(given["long"], (Enc[:-1](train), Enc[:-1](test)))
