@@ -26,7 +26,7 @@ from typing import NamedTuple
 # Idle OpenMP threads spin and starve what else runs here: let them sleep sooner. OpenMP reads this
 # when torch is loaded. Times: results/waiting_threads.md.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "3000"
+    os.environ["GOMP_SPINCOUNT"] = "2000"
 
 from assets import lenet
 

@@ -40,7 +40,7 @@ FOLDERS = ("step1_linear", "step2_gan", "step3_official_alae", "baselines")
 sys.path.extend(str(shared.ROOT / folder) for folder in FOLDERS)
 vae_gan = importlib.import_module("vae_gan")
 WAITING = {
-    "OpenMP's default": {"GOMP_SPINCOUNT": "default"},  # no number: as if it were not set
+    "OpenMP's default": {"GOMP_SPINCOUNT": "300000"},
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
     "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
     "GOMP_SPINCOUNT=2000": {"GOMP_SPINCOUNT": "2000"},
@@ -292,26 +292,30 @@ def compare_with_public_order(steps, options):
     print(f"ours {1e3 * mine:.0f} ms, in the public order {1e3 * theirs:.0f}: {mine / theirs:.3f}")
 
 
-def waiting(steps):
-    """train_fc_alae with two threads: alone, beside a busy process, and two at once."""
+def waiting(steps, rounds=3):
+    """train_fc_alae with two threads: alone, beside a busy process, two at once; all in turns."""
     command = [sys.executable, __file__, "train_fc_alae", "--steps", str(steps)]
-    busy = [sys.executable, "-c", "while True: pass"]
-    print("| setting | alone | beside a busy process | two at once |\n| --- | --- | --- | --- |")
+    beside = {
+        "alone": [],
+        "beside a busy process": [sys.executable, "-c", "while True: pass"],
+        "two at once": command,
+    }
     usual = {k: v for k, v in os.environ.items() if not k.startswith(("OMP", "GOMP"))}
-    for label, setting in WAITING.items():
-        env = usual | setting | {"OMP_NUM_THREADS": "2"}
-
-        def start(env=env):
-            return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
-
-        cells = []
-        for together in ([], [busy], [command]):
-            first = start()
-            others = [subprocess.Popen(c, env=env, stdout=subprocess.DEVNULL) for c in together]
-            cells.append(first.communicate()[0].split()[1])
-            for other in others:
+    times = {(label, case): [] for label in WAITING for case in beside}
+    for _ in range(rounds):
+        for label, case in times:
+            env = usual | WAITING[label] | {"OMP_NUM_THREADS": "2"}
+            quiet = {"env": env, "stderr": subprocess.DEVNULL, "text": True}
+            first = subprocess.Popen(command, stdout=subprocess.PIPE, **quiet)
+            if beside[case]:
+                other = subprocess.Popen(beside[case], stdout=subprocess.DEVNULL, **quiet)
+            times[label, case].append(float(first.communicate()[0].split()[1]))
+            if beside[case]:
                 other.terminate()
                 other.wait()
+    print(f"| setting | {' | '.join(beside)} |\n| --- | --- | --- | --- |")
+    for label in WAITING:
+        cells = [f"{statistics.median(times[label, case]):.1f}" for case in beside]
         print(f"| {label} | {' | '.join(cells)} |", flush=True)
 
 

@@ -214,7 +214,7 @@ def test_a_mode_that_rounds_is_not_taken(monkeypatch):
 
 def test_waiting_threads_sleep_soon(launched):
     """OpenMP itself tells which settings it found when torch was loaded."""
-    assert "GOMP_SPINCOUNT = '3000'" in launched[0].stderr
+    assert "GOMP_SPINCOUNT = '2000'" in launched[0].stderr
 
 
 @pytest.mark.parametrize("name, value", [("GOMP_SPINCOUNT", "7"), ("OMP_WAIT_POLICY", "ACTIVE")])
