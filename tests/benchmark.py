@@ -301,7 +301,7 @@ def waiting(steps, rounds=3):
         "two at once": command,
     }
     usual = {k: v for k, v in os.environ.items() if not k.startswith(("OMP", "GOMP"))}
-    times = {(label, case): [] for label in WAITING for case in beside}
+    times = {pair: [] for pair in itertools.product(WAITING, beside)}
     for _ in range(rounds):
         for label, case in times:
             env = usual | WAITING[label] | {"OMP_NUM_THREADS": "2"}
