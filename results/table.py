@@ -54,6 +54,7 @@ NAMES = {  # of metrics, in the order of columns
     "digit_kl": "KL of digits",
     "digit_min": "rarest digit %",
     "grad_norm_G": "‖gradient of G‖",
+    "train/L_rec": "L_rec, last epoch",
 }
 LINEAR = "linear_autoencoder", "linear_alae", "linear_latent_regressor"
 NONLINEAR = "autoencoder_mnist", "latent_regressor_mnist", "bigan_mnist", "alae_mnist"
@@ -113,13 +114,15 @@ def cell(metric, values):
     return mean_std(values, digits)
 
 
-def lines_of(runs, several):
+def lines_of(runs, several, chosen=()):
     """[(row's head, {metric: cell})] of runs of one setting: eval, and what else they measured."""
     values = {"eval": {}}
     for run in runs:
         for key in run:
             row, _, metric = key.rpartition("/")
-            if row and not re.match(LEFT_OUT, key):
+            if key in chosen:  # a loss, by its whole name
+                values["eval"].setdefault(key, []).append(run[key])
+            elif row and not re.match(LEFT_OUT, key):
                 values.setdefault(row, {}).setdefault(metric, []).append(run[key])
     s, lines = runs[0], []
     label = f"{s['experiment'] if several else ''}, {s['setting']}".strip(", ") or "default"
@@ -140,7 +143,7 @@ def table(found, metrics=None):
     several = len({s["experiment"] for s in found}) > 1
     rows, measured = [], {}
     for runs in group(found):
-        for line in lines_of(runs, several)[: 1 if metrics else None]:
+        for line in lines_of(runs, several, metrics or ())[: 1 if metrics else None]:
             if line not in rows and (not metrics or line[1].keys() & set(metrics)):
                 rows.append(line)
                 measured |= line[1]
