@@ -91,7 +91,7 @@ class Config(shared.Protocol):
     lr_critic: float = option(0.001, "learning rate of D at the start (ours)", low=1e-9)
     lr_end: float = option(0.01, "the rates fall linearly to this share (ours; 1: constant)", low=0)
     critic: str = option("quadratic", "D: w → ℝ (ours)", ("linear", "quadratic", "mlp"))
-    floor: float = option(0.05, "φ, with A = BᵀB + φνI in the quadratic critic (ours)", low=0)
+    floor: float = option(0.07, "φ, with A = BᵀB + φνI in the quadratic critic (ours)", low=0)
     adversarial: str = option("softplus", "paper's, or its tangent x/2", ("softplus", "tangent"))
     penalty: str = option("r1", "‖∇ₓD‖² (paper), (‖∇ₓD‖ − 1)² (the student's)", ("r1", "unit"))
     gamma: float = option(0.5, "γ/2 times the penalty in Step I (ours; paper: 10)", low=0)

@@ -134,7 +134,7 @@ def test_r1_stretches_the_fixed_point(float64):
     assert max(forces(nets, x, config)) < 1e-9
 
 
-@pytest.mark.parametrize("floor", (0.0, 0.05))
+@pytest.mark.parametrize("floor", (0.0, 0.07))
 def test_with_a_floor_the_critic_sees_where_B_is_blind(floor, float64):
     x = centred()
     config, nets = linear_alae(x, adversarial="tangent", gamma=0.0, decay=NU, floor=floor)
