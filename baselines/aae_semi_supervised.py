@@ -236,8 +236,11 @@ def evaluate(nets, data, config, full=False):
         metrics |= shared.code_metrics(data, *long, "long")
     if data.y_train is not None:
         y_train, y_test = train[:, : -config.latent_dim], test[:, : -config.latent_dim]
-        predicted = class_of_each(y_train, data, config)[y_test.argmax(1)]
+        entries = y_test.argmax(1)
+        predicted = class_of_each(y_train, data, config)[entries]
         metrics["eval/error"] = 100 - shared.percent_right(predicted, data.y_test)
+        if config.cluster:
+            metrics["eval/empty_clusters"] = config.cluster - len(entries.unique())
     nets.train()
     return metrics
 

@@ -47,6 +47,7 @@ NAMES = {  # of metrics, in the order of columns
     "svm_acc_long": "SVM long",
     "mlp_acc_short": "MLP short",
     "error": "test error %",
+    "empty_clusters": "empty clusters",
     "prior_gap": "prior gap",
     "prior_gap_floor": "its floor",
     "prior_gap_train": "prior gap of training images",
@@ -109,6 +110,8 @@ def cell(metric, values):
     digits = ".5f" if max(map(abs, values)) >= 1e-3 else ".1e"
     if metric.endswith(("_short", "_long", "identity", "fid", "seconds", "digit_min", "error")):
         digits = ".2f"
+    elif metric == "empty_clusters":
+        digits = ".1f"
     elif metric == "steps":
         digits = ".0f"
     return mean_std(values, digits)

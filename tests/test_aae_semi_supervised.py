@@ -184,6 +184,8 @@ def test_what_the_semi_supervised_evaluate_measures(cluster, monkeypatch):
     classes = data.y_train[train_y.argmax(0)] if cluster else torch.arange(K)
     wrong = (classes[test_y.argmax(1)] != data.y_test).float().mean()
     assert metrics["eval/error"] == pytest.approx(100 * wrong.item(), abs=1e-4)
+    empty = set(range(K)) - set(test_y.argmax(1).tolist())
+    assert metrics.get("eval/empty_clusters") == (len(empty) if cluster else None)
 
 
 @pytest.mark.parametrize(
