@@ -1,5 +1,4 @@
-"""A GAN on MNIST (arXiv 1406.2661), and what makes it train: four losses, spectral normalization,
-and an Adam without momentum.
+"""A GAN on MNIST (arXiv 1406.2661) with four losses, with or without spectral normalization.
 
 G: z → x generates from z ~ N(0, I); D's logits tell data from samples. D minimises its loss, then
 G minimises its own:

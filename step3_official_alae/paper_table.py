@@ -17,6 +17,7 @@ Deviations from the paper:
  4. Which branch of the official code made the table is not known: here are four ways to ALAE.
 """
 
+import argparse
 import csv
 import json
 import statistics
@@ -196,16 +197,20 @@ def clean(groups):
 TABLES = {"front": front_table, "table": full_table, "clean": clean}
 
 
-def main(arguments):
-    groups = gather(Path(arguments[0]) if arguments else shared.ROOT / "results")
+def main(folder):
+    groups = gather(folder or shared.ROOT / "results")
     if not any(groups.values()):
-        shared.fail(f"no finished run below {arguments[0]}")
+        shared.fail(f"no finished run below {folder}")
     for name, make in TABLES.items():
-        if arguments:
+        if folder:
             print(make(groups))
         else:
             (shared.ROOT / f"results/paper_table/{name}.md").write_text(make(groups))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = shared.fail
+    parser.add_argument("folder", nargs="?", type=Path, help="of runs (default: renew results/)")
+    main(parser.parse_args().folder)

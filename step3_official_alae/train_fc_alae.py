@@ -71,9 +71,8 @@ class Config(shared.Protocol):
     epochs: int = option(20, "passes over the training images (mnist_fc.yaml: 600)", low=0)
     batch_size: int = option(128, "images per step (mnist_fc.yaml)", low=1)
     lr: float = option(0.002, "learning rate, constant (mnist_fc.yaml)", low=1e-9)
-    decay: float = option(
-        0.0, "share of the training, at its end, with lr falling to 0 (ours)", low=0
-    )
+    decay: float = option(0.0, "share of the training, at its end, with a falling lr (ours)", low=0)
+    lr_end: float = option(0.0, "the falling lr ends at this share (ours)", low=0)
     latent_dim: int = option(50, "dimension of z and of w (paper §6.1)", low=1)
     width: int = option(1024, "units of the hidden layers of E and G (paper §6.1)", low=1)
     gamma: float = option(10.0, "weight γ of R1 (paper, algorithm 1)", low=0)
@@ -221,10 +220,11 @@ def train_step(nets, opt_ED, opt_FG, x, config):
 
 
 def learning_rate(config, done):
-    """After the share `done` of the training: constant, or falling to 0 at last (deviation 8)."""
+    """After the share `done` of the training: constant, or falling at its end (deviation 8)."""
     if config.decay == 0:
         return config.lr
-    return config.lr * min(1.0, (1 - done) / config.decay)
+    left = min(1.0, (1 - done) / config.decay)  # 1, from the fall's beginning to 0 at its end
+    return config.lr * (config.lr_end + (1 - config.lr_end) * left)
 
 
 @torch.no_grad()

@@ -174,11 +174,14 @@ def test_the_average_halves_after_ema_images(cheap, few_images, tmp_path, monkey
     assert decays[0] ** (2000 / 400) == pytest.approx(0.5)
 
 
-def test_decay_holds_the_rate_and_then_lets_it_fall_to_zero():
+def test_decay_holds_the_rate_and_then_lets_it_fall_to_its_end():
     config, nets, opt_ED, _ = small(lr=0.004, decay=0.5)
     rates = [alae.learning_rate(config, done) for done in (0.0, 0.5, 0.75, 0.9, 1.0)]
     assert rates == pytest.approx([0.004, 0.004, 0.002, 0.0008, 0.0])
     assert alae.learning_rate(alae.Config(lr=0.004), 0.99) == 0.004
+    config.lr_end = 0.25
+    ends = [alae.learning_rate(config, done) for done in (0.5, 0.75, 1.0)]
+    assert ends == pytest.approx([0.004, 0.0025, 0.001])
     opt_ED.set_lr(0.1)
     by_c = {group["c"]: group["lr"] for group in opt_ED.param_groups}
     assert by_c[nets["E"][0].weight.c] == pytest.approx(0.1 * (2 / 20) ** 0.5)
