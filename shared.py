@@ -215,11 +215,10 @@ class Data(NamedTuple):
 
 
 def load_data(config, device, size=64):
-    """Data of config.dataset and config.split.
+    """Data of config.dataset and config.split; pictures of a folder become squares of that size.
 
     dw tests on the official test images, sw on a sixth of the training images, val on another
     sixth, to choose hyperparameters; always the same ones. A folder's dw is its sw.
-    size: of photographs, which are cropped and resized.
     """
     name, limit = config.dataset, 2000 if config.smoke else None
     if name.startswith("folder:"):
@@ -339,7 +338,7 @@ class Run:
         self.total = getattr(config, f"{self.unit}s")
         self.module = sys.modules[type(config).__module__]
         self.file = Path(self.module.__file__)
-        self.epoch, self.saved, self.bar = 0, {}, None
+        self.epoch, self.saved, self.bar = 0, {}, tqdm(disable=True)
         self.history = {"id": os.urandom(4).hex(), "commands": [], "commits": [], "rows": []}
         self.history |= {"images_seen": 0, "wall_s": 0.0}
         if config.resume or config.eval:
@@ -370,8 +369,8 @@ class Run:
         """Where the numbers come from; each process that takes part adds its command and commit."""
         git = "git describe --always --dirty --abbrev=40 --exclude='*'"  # '' where there is no git
         told = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True)
-        command = f"python {self.file.parent.name}/{self.file.name} {shlex.join(sys.argv[1:])}"
-        self.history["commands"].append(command.strip())
+        words = ["python", f"{self.file.parent.name}/{self.file.name}", *sys.argv[1:]]
+        self.history["commands"].append(shlex.join(words))
         self.history["commits"].append(told.stdout.strip())
         values = asdict(self.config)
         usual = asdict(type(self.config)())
@@ -538,8 +537,7 @@ class Run:
 
     def _end(self, status, message="", code=0):
         """The summary's last word; with a message, the program's too."""
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self._summarize(status)
@@ -556,7 +554,6 @@ def percent_right(predicted, y):
     return 100 * (predicted == y).sum().item() / len(y)
 
 
-@torch.no_grad()
 def knn_accuracy(train, y_train, test, y_test):
     """% right of the nearest neighbour (L2) among the training rows (N, d) of each test row."""
     centre = train.mean(0)  # near the origin ‖a‖² − 2ab loses no digits
@@ -569,7 +566,6 @@ def knn_accuracy(train, y_train, test, y_test):
     return percent_right(y_train[chunked(nearest, test, 500)], y_test)
 
 
-@torch.no_grad()
 def svm_accuracy(train, y_train, test, y_test, C=0.02):
     """% right of liblinear's LinearSVC, one-vs-rest, by L-BFGS to the optimum of
 
@@ -580,7 +576,7 @@ def svm_accuracy(train, y_train, test, y_test, C=0.02):
     X, X_test = pad(train, (0, 1), value=1.0), pad(test, (0, 1), value=1.0)  # (N, d + 1)
     Y = 2 * one_hot(y_train).to(X) - 1  # (N, classes)
     L = torch.linalg.cholesky(torch.eye(X.shape[1], device=X.device) + 2 * C * (X.T @ X))
-    v = torch.zeros(X.shape[1], Y.shape[1], device=X.device, requires_grad=True)
+    v = torch.zeros(X.shape[1], Y.shape[1], device=X.device)
 
     def loss():
         w = torch.linalg.solve_triangular(L.T, v, upper=True)
