@@ -411,10 +411,7 @@ class Run:
             self.wandb = None
 
     def epochs(self, parts):
-        """The epochs to train; parts: {name: what has a state_dict}, restored from --resume first.
-
-        With --eval there are none, and the parts, or of a model the nets, are those of that file.
-        """
+        """The epochs to train, none with --eval; parts: {name: what has a state_dict}, restored."""
         if "random" in self.saved:
             torch.set_rng_state(self.saved["random"])
             torch.cuda.set_rng_state_all(self.saved["random_cuda"])
