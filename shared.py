@@ -411,7 +411,7 @@ class Run:
             self.wandb = None
 
     def epochs(self, parts):
-        """The epochs to train, none with --eval; parts: {name: what has a state_dict}, restored."""
+        """The epochs to train, none with --eval; restores parts {name: what has a state_dict}."""
         if "random" in self.saved:
             torch.set_rng_state(self.saved["random"])
             torch.cuda.set_rng_state_all(self.saved["random_cuda"])
@@ -556,11 +556,8 @@ def knn_accuracy(train, y_train, test, y_test):
     centre = train.mean(0)  # near the origin ‖a‖² − 2ab loses no digits
     train, test = train - centre, test - centre
     norms = train.square().sum(1)
-
-    def nearest(part):
-        return torch.addmm(norms, part, train.T, alpha=-2).argmin(1)
-
-    return percent_right(y_train[chunked(nearest, test, 500)], y_test)
+    nearest = chunked(lambda b: torch.addmm(norms, b, train.T, alpha=-2).argmin(1), test, 500)
+    return percent_right(y_train[nearest], y_test)
 
 
 def svm_accuracy(train, y_train, test, y_test, C=0.02):
