@@ -7,7 +7,6 @@ functions end in the same loop; a line that only some have is marked `# its own`
 import argparse
 import csv
 import ctypes
-import inspect
 import json
 import os
 import platform
@@ -17,7 +16,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections import ChainMap
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -87,11 +85,7 @@ class Protocol:
 
 
 def parse_config(Config, presets=None, argv=None):
-    """Command line → Config; bad input: one line, exit code 2.
-
-    --preset replaces the defaults by presets[name], a dict; --resume and --eval by the config in
-    their file. Options are spelled with hyphens or, as sweeps write them, with underscores.
-    """
+    """Command line → Config; --preset, --resume and --eval replace its defaults."""
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.description = sys.modules[Config.__module__].__doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -99,6 +93,7 @@ def parse_config(Config, presets=None, argv=None):
     for f in fields(Config):
         parser.add_argument(f"--{f.name.replace('_', '-')}", **f.metadata["argument"])
     argv = sys.argv[1:] if argv is None else argv
+    # Sweeps spell options with underscores
     argv = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in argv]
     given = vars(parser.parse_args(argv))
     for f in fields(Config):
@@ -120,7 +115,7 @@ def parse_config(Config, presets=None, argv=None):
 
 def load_checkpoint(path, Config):
     """A model.pt or checkpoint.pt of Config's experiment, on the CPU."""
-    ours = Path(inspect.getfile(Config)).stem
+    ours = Path(sys.modules[Config.__module__].__file__).stem
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         experiment, names = checkpoint["experiment"], checkpoint["config"].keys()
@@ -220,11 +215,10 @@ class Data(NamedTuple):
 
 
 def load_data(config, device, size=64):
-    """Data of config.dataset and config.split.
+    """Data of config.dataset and config.split; pictures of a folder become squares of that size.
 
     dw tests on the official test images, sw on a sixth of the training images, val on another
     sixth, to choose hyperparameters; always the same ones. A folder's dw is its sw.
-    size: of photographs, which are cropped and resized.
     """
     name, limit = config.dataset, 2000 if config.smoke else None
     if name.startswith("folder:"):
@@ -310,10 +304,9 @@ def step_batches(x, config, end):
     per_epoch = len(x) // config.batch_size
     first = (end - 1) // config.eval_every * config.eval_every
     for step in range(first, end):
-        epoch, place = divmod(step, per_epoch)
-        if place == 0 or step == first:
-            order = batches(x, config.batch_size, config.seed, epoch)
-        yield step + 1, order[place]
+        if step == first or step % per_epoch == 0:
+            order = batches(x, config.batch_size, config.seed, step // per_epoch)
+        yield step + 1, order[step % per_epoch]
 
 
 @torch.no_grad()
@@ -343,9 +336,10 @@ class Run:
         self.config, self.nets, self.steps = config, nets, steps
         self.unit = "epoch" if hasattr(config, "epochs") else "step"
         self.total = getattr(config, f"{self.unit}s")
-        self.file = Path(inspect.getfile(type(config)))
-        self.epoch, self.saved, self.bar = 0, {}, None
-        self.history = {"id": uuid.uuid4().hex[:8], "commands": [], "commits": [], "rows": []}
+        self.module = sys.modules[type(config).__module__]
+        self.file = Path(self.module.__file__)
+        self.epoch, self.saved, self.bar = 0, {}, tqdm(disable=True)
+        self.history = {"id": os.urandom(4).hex(), "commands": [], "commits": [], "rows": []}
         self.history |= {"images_seen": 0, "wall_s": 0.0}
         if config.resume or config.eval:
             self.saved = load_checkpoint(config.resume or config.eval, type(config))
@@ -364,32 +358,32 @@ class Run:
                 fail(f"cannot make {self.dir} ({error.strerror}): {advice}")
         self.rows = self.history["rows"]
         config.run_name, self.start = self.dir.name, time.time() - self.history["wall_s"]
-        self.facts = self._facts() | {"hardware": hardware(device), "torch": torch.__version__}
+        self.facts = self._facts(device)
         self.wandb = self._start_wandb() if config.wandb or "WANDB_SWEEP_ID" in os.environ else None
         self._write_json("config.json", self.facts | {"config": asdict(config)})
         self._summarize("running")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._interrupt)
 
-    def _facts(self):
+    def _facts(self, device):
         """Where the numbers come from; each process that takes part adds its command and commit."""
-        config = self.config
         git = "git describe --always --dirty --abbrev=40 --exclude='*'"  # '' where there is no git
         told = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True)
-        command = f"python {self.file.parent.name}/{self.file.name} {shlex.join(sys.argv[1:])}"
-        commands, commits = self.history["commands"], self.history["commits"]
-        commands.append(command.strip())
-        commits.append(told.stdout.strip())
-        usual = asdict(type(config)())
-        if getattr(config, "preset", "") != usual.get("preset", ""):
-            usual |= sys.modules[type(config).__module__].PRESETS[config.preset]
-        own = {k: v for k, v in asdict(config).items() if v != usual[k] and k not in NO_SETTING}
+        words = ["python", f"{self.file.parent.name}/{self.file.name}", *sys.argv[1:]]
+        self.history["commands"].append(shlex.join(words))
+        self.history["commits"].append(told.stdout.strip())
+        values = asdict(self.config)
+        usual = asdict(type(self.config)())
+        if "preset" in usual:
+            usual |= self.module.PRESETS[self.config.preset]
+        own = {k: v for k, v in values.items() if v != usual[k] and k not in NO_SETTING}
         facts = {"experiment": self.file.stem, "run": self.dir.name}
-        facts |= {"commands": commands, "commits": commits}
-        facts |= {name: getattr(config, name) for name in ("dataset", "split", "seed")}
+        facts |= {name: self.history[name] for name in ("commands", "commits")}
+        facts |= {name: values[name] for name in ("dataset", "split", "seed")}
         facts["setting"] = ", ".join(f"{name} {value}" for name, value in own.items())
         facts["matmul"] = torch.get_float32_matmul_precision()
-        return facts | {"params": sum(p.numel() for p in self.nets.parameters())}
+        facts["params"] = sum(p.numel() for p in self.nets.parameters())
+        return facts | {"hardware": hardware(device), "torch": torch.__version__}
 
     def _start_wandb(self):
         names = {"project": "alae", "group": self.file.stem, "job_type": self.file.parent.name}
@@ -417,10 +411,7 @@ class Run:
             self.wandb = None
 
     def epochs(self, parts):
-        """The epochs to train; parts: {name: what has a state_dict}, restored from --resume first.
-
-        With --eval there are none, and the parts, or of a model the nets, are those of that file.
-        """
+        """The epochs to train, none with --eval; restores parts {name: what has a state_dict}."""
         if "random" in self.saved:
             torch.set_rng_state(self.saved["random"])
             torch.cuda.set_rng_state_all(self.saved["random_cuda"])
@@ -436,8 +427,8 @@ class Run:
         every = 1 if self.unit == "epoch" else self.config.eval_every
         how = {"initial": self.epoch * self.steps, "mininterval": 1 if sys.stderr.isatty() else 30}
         self.bar = tqdm(None, self.file.stem, self.total * self.steps, **how)
-        for before in range(self.epoch // every * every, self.total, every):
-            self.epoch, self.before = min(before + every, self.total), before * self.steps
+        for before in range(self.epoch, self.total, every):
+            self.epoch = min(before + every, self.total)
             self.sums, self.images, self.step_in_epoch = {}, 0, 0
             self.begin = time.perf_counter()
             yield self.epoch
@@ -453,6 +444,7 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + loss
         self.step_in_epoch += 1
         self.images += images
+        self.bar.update()
         if self.step_in_epoch % 100 == 0:
             self._mean_losses()
 
@@ -464,7 +456,6 @@ class Run:
                 self._end("diverged", f"{name} became {mean} in {self.unit} {self.epoch}", 1)
         name, mean = next(iter(means.items()))
         self.bar.set_postfix_str(f"{self.unit} {self.epoch}, {name} {mean:.4g}", refresh=False)
-        self.bar.update(self.before + self.step_in_epoch - self.bar.n)
         return means
 
     def log_losses(self):
@@ -518,8 +509,7 @@ class Run:
     def picture(self, name, figure):
         """A matplotlib figure as <name>.png."""
         path = self.dir / f"{name}.png"
-        how = {"format": "png", "dpi": 150, "bbox_inches": "tight"}
-        write_file(path, lambda temporary: figure.savefig(temporary, **how))
+        write_file(path, lambda temporary: figure.savefig(temporary, dpi=150, bbox_inches="tight"))
         if self.wandb:
             image = sys.modules["wandb"].Image(str(path))
             self._mirror(lambda run: run.log({f"media/{name}": image}, step=self.epoch))
@@ -544,8 +534,7 @@ class Run:
 
     def _end(self, status, message="", code=0):
         """The summary's last word; with a message, the program's too."""
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self._summarize(status)
@@ -558,29 +547,19 @@ class Run:
 # Metrics
 
 
-def recon_mse(x, x_rec):
-    """Mean over images and pixels of (x − x̂)², x̂ clipped to [0, 1]."""
-    return (x - x_rec.clamp(0, 1)).square().mean().item()
-
-
 def percent_right(predicted, y):
     return 100 * (predicted == y).sum().item() / len(y)
 
 
-@torch.no_grad()
 def knn_accuracy(train, y_train, test, y_test):
     """% right of the nearest neighbour (L2) among the training rows (N, d) of each test row."""
     centre = train.mean(0)  # near the origin ‖a‖² − 2ab loses no digits
     train, test = train - centre, test - centre
     norms = train.square().sum(1)
-
-    def nearest(part):
-        return torch.addmm(norms, part, train.T, alpha=-2).argmin(1)
-
-    return percent_right(y_train[chunked(nearest, test, 500)], y_test)
+    nearest = chunked(lambda b: torch.addmm(norms, b, train.T, alpha=-2).argmin(1), test, 500)
+    return percent_right(y_train[nearest], y_test)
 
 
-@torch.no_grad()
 def svm_accuracy(train, y_train, test, y_test, C=0.02):
     """% right of liblinear's LinearSVC, one-vs-rest, by L-BFGS to the optimum of
 
@@ -591,7 +570,7 @@ def svm_accuracy(train, y_train, test, y_test, C=0.02):
     X, X_test = pad(train, (0, 1), value=1.0), pad(test, (0, 1), value=1.0)  # (N, d + 1)
     Y = 2 * one_hot(y_train).to(X) - 1  # (N, classes)
     L = torch.linalg.cholesky(torch.eye(X.shape[1], device=X.device) + 2 * C * (X.T @ X))
-    v = torch.zeros(X.shape[1], Y.shape[1], device=X.device, requires_grad=True)
+    v = torch.zeros(X.shape[1], Y.shape[1], device=X.device)
 
     def loss():
         w = torch.linalg.solve_triangular(L.T, v, upper=True)
@@ -606,7 +585,7 @@ def svm_accuracy(train, y_train, test, y_test, C=0.02):
     return percent_right((X_test @ w).argmax(1), y_test)
 
 
-def mlp_accuracy(train, y_train, test, y_test, epochs=20, width=128):
+def mlp_accuracy(train, y_train, test, y_test):
     """% right of a net with one hidden layer on standardised features; always seed 0."""
     mean, std = train.mean(0), train.std(0) + 1e-6
     train, test = (train - mean) / std, (test - mean) / std
@@ -614,11 +593,11 @@ def mlp_accuracy(train, y_train, test, y_test, epochs=20, width=128):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # the CPU's alone, where the net begins
         classes = int(y_train.max()) + 1
-        net = nn.Sequential(nn.Linear(train.shape[1], width), nn.ReLU(), nn.Linear(width, classes))
-    optimizer, size = torch.optim.Adam(net.to(train).parameters(), fused=True), min(250, len(train))
-    for _ in range(epochs):
+        net = nn.Sequential(nn.Linear(train.shape[1], 128), nn.ReLU(), nn.Linear(128, classes))
+    optimizer = torch.optim.Adam(net.to(train).parameters(), fused=True)
+    for _ in range(20):
         order = torch.randperm(len(train), device=train.device, generator=generator)
-        for i in order[: len(train) - len(train) % size].view(-1, size):
+        for i in order[: len(train) - len(train) % 250].view(-1, 250):
             optimizer.zero_grad()
             cross_entropy(net(train[i]), y_train[i]).backward()
             optimizer.step()
@@ -626,10 +605,7 @@ def mlp_accuracy(train, y_train, test, y_test, epochs=20, width=128):
 
 
 def code_metrics(data, train, test, kind, full=True):
-    """Classifiers on features (N, d) of the training and (M, d) of the test images.
-
-    kind: short or long. Not full: 1-NN alone, which is cheap. Without labels: nothing.
-    """
+    """Classifiers on 'short' or 'long' features of all images; not full: 1-NN, which is cheap."""
     if data.y_train is None:
         return {}
     features = train, data.y_train, test, data.y_test
@@ -645,7 +621,8 @@ def image_metrics(data, x_rec=None, x_fake=None):
     """Of reconstructions of the test images (M, X), and of samples; LeNet judges MNIST alone."""
     metrics = {}
     if x_rec is not None:
-        metrics["eval/recon_mse"] = recon_mse(data.x_test, x_rec)
+        error = data.x_test - x_rec.clamp(0, 1)
+        metrics["eval/recon_mse"] = error.square().mean().item()
     if x_rec is not None and data.name == "mnist":
         metrics["eval/identity"] = lenet.identity(data.images(x_rec), data.y_test)
     if x_fake is not None and data.name == "mnist":
@@ -654,10 +631,10 @@ def image_metrics(data, x_rec=None, x_fake=None):
     return metrics
 
 
-def sliced_wasserstein(a, b, directions=200):
-    """Mean over random directions of the 1-Wasserstein distance between projections of (N, Z)."""
+def sliced_wasserstein(a, b):
+    """Mean over 200 directions of the 1-Wasserstein distance between projections of (N, Z)."""
     generator = torch.Generator().manual_seed(0)
-    theta = normalize(torch.randn(a.shape[1], directions, generator=generator), dim=0).to(a)
+    theta = normalize(torch.randn(a.shape[1], 200, generator=generator), dim=0).to(a)
     return ((a @ theta).sort(0).values - (b @ theta).sort(0).values).abs().mean().item()
 
 
@@ -756,12 +733,12 @@ def grid(images, columns, title, rows=()):
     return figure
 
 
-def pairs(images, reconstructions, title, columns=10):
-    """A figure of up to 50 images (N, C, H, W), each row above that of their reconstructions."""
-    lines = min(50, len(images)) // columns
-    both = torch.stack([images[: lines * columns], reconstructions[: lines * columns]])
-    both = both.unflatten(1, (lines, columns)).transpose(0, 1).flatten(0, 2)
-    return grid(both, columns, title, ["x", "rec."] * lines)
+def pairs(images, reconstructions, title):
+    """A figure of images (N, C, H, W), ten a row, each row above that of their reconstructions."""
+    lines = len(images) // 10
+    both = torch.stack([images, reconstructions])[:, : 10 * lines]
+    both = both.unflatten(1, (lines, 10)).transpose(0, 1).flatten(0, 2)
+    return grid(both, 10, title, ["x", "rec."] * lines)
 
 
 def curves(rows, unit, title):

@@ -316,7 +316,7 @@ def main(config):
             losses = step(nets, opts, x, config)  # its own
             epoch_losses.append(losses)  # its own
             run.step(losses, len(i))
-        run.history["losses"] += means_of_20(epoch_losses, run.before)  # its own
+        run.history["losses"] += means_of_20(epoch_losses, (epoch - 1) * steps)  # its own
         run.log_losses()
         if run.is_due():
             run.log(evaluate(run.nets, data, config))

@@ -79,7 +79,7 @@ def test_eval_measures_model_and_checkpoint_without_training(
         options = ["--eval", folder / file, "--smoke", "--out-dir", tmp_path, "--run-name", file]
         train(monkeypatch, module, *options)
         run, metrics = ended.pop()
-        assert run.epoch == trained[f"{run.unit}s"] > 0 and run.bar is None
+        assert run.epoch == trained[f"{run.unit}s"] > 0 and run.bar.n == 0
         assert metrics == pytest.approx({key: trained[key] for key in metrics}, rel=1e-6)
         assert metrics
 

@@ -118,8 +118,10 @@ def test_image_metrics_judge_reconstructions_of_test_images_and_samples(mnist):
 
 
 def test_recon_mse_clips():
-    assert shared.recon_mse(torch.ones(2, 3), torch.full((2, 3), 5.0)) == 0
-    assert shared.recon_mse(torch.ones(2, 3), torch.full((2, 3), 0.5)) == 0.25
+    data = toy_data(name="cifar10")._replace(x_test=torch.ones(2, 3))
+    for value, expected in ((5.0, 0), (0.5, 0.25)):
+        metrics = shared.image_metrics(data, torch.full((2, 3), value))
+        assert metrics == {"eval/recon_mse": expected}
 
 
 def test_the_committed_lenet_is_right_on_99_percent(mnist):
