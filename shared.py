@@ -510,9 +510,12 @@ class Run:
         """A matplotlib figure as <name>.png."""
         path = self.dir / f"{name}.png"
         write_file(path, lambda temporary: figure.savefig(temporary, dpi=150, bbox_inches="tight"))
-        if self.wandb:
+
+        def show(run):
             image = sys.modules["wandb"].Image(str(path))
-            self._mirror(lambda run: run.log({f"media/{name}": image}, step=self.epoch))
+            run.log({f"media/{name}": image}, step=self.epoch)
+
+        self._mirror(show)
 
     def _write_json(self, name, content):
         text = json.dumps(content, indent=1) + "\n"

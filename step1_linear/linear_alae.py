@@ -23,7 +23,7 @@ eigenvector i inside towards j outside, and of gᵢ, moves by (ė, ġ) = ν (λ�
 which dies out if λᵢ > λⱼ and λᵢλⱼ < 1.
 On the way there an eigenvalue of BᵀB may fall to 0 and stay, since B's gradient vanishes with B: on
 Fashion-MNIST D goes blind in a direction and E misses one. So A = BᵀB + φνI: D sees them all, and
-as long as φ < λ_k nothing changes at rest.
+as long as φ < λ_k (1 − 8γν) nothing changes at rest.
 
     python step1_linear/linear_alae.py                           # MNIST, k = 10; or --k 50
     python step1_linear/linear_alae.py --preset student          # the student's, which fails
@@ -238,7 +238,7 @@ def maps(nets):
 def evaluate(nets, data, config, full=False):
     """Errors over PCA's and angles to its subspace; at the end what the codes are worth.
 
-    least_A: the least eigenvalue of A/ν, λ_k at rest; where it is 0, D is blind in a direction.
+    least_A: the least eigenvalue of A/ν, λ_k (1 − 8γν) at rest; at 0 D is blind in a direction.
     """
     metrics = data.metrics(*maps(nets), full)
     if config.critic == "quadratic" and config.decay:
