@@ -217,16 +217,16 @@ def evaluate(nets, data, config, full=False):
     nets.eval()
     Q, P = nets["Q"], nets["P"]
     _, y_test = given_labels(data, config)
-    z_train, z_test = shared.chunked(Q, data.x_train), shared.chunked(Q, data.x_test)
+    last = 1 if config.net == "dense" else 2  # of Q's layers: the convolution to z, and a Flatten
+    long = [shared.chunked(Q[:-last], x) for x in (data.x_train, data.x_test)]
+    z_train, z_test = [shared.chunked(Q[-last:], hidden) for hidden in long]
     y = turns(len(y_test), y_test)
     x_fake = shared.chunked(P, torch.cat([sample_prior(y, config, 0), y], 1)).sigmoid()
     x_rec = None if config.labels else shared.chunked(P, z_test).sigmoid()  # P is told labels
     metrics = shared.image_metrics(data, x_rec, x_fake)
     metrics |= shared.code_metrics(data, z_train, z_test, "short", full)
     if full:
-        hidden = Q[:-1] if config.net == "dense" else Q[:-2]
-        long = [shared.chunked(hidden, x).flatten(1) for x in (data.x_train, data.x_test)]
-        metrics |= shared.code_metrics(data, *long, "long")
+        metrics |= shared.code_metrics(data, *(hidden.flatten(1) for hidden in long), "long")
 
     def sample(seed):
         return sample_prior(y_test, config, seed)
