@@ -29,7 +29,7 @@ as long as φ < λ_k (1 − 8γν) nothing changes at rest.
     python step1_linear/linear_alae.py --preset student          # the student's, which fails
     python results/sweep.py step1_linear/sweeps/ablation.yaml    # what each ingredient is for
 
-Expect (test MSE over PCA's): 1.0000 at k = 10, 1.013 to 1.015 at k = 50; student 2.1.
+Expect (test MSE over PCA's): 1.0000 at k = 10, 1.012 to 1.015 at k = 50; student 2.1.
 
 Deviations from the paper:
  1. Linear maps without bias, F = I, the decay ν and the floor φ. x is scaled to the energy of z,
