@@ -312,3 +312,14 @@ def test_training_survives_a_failing_wandb(capsys):
     for _ in range(3):
         run._mirror(lambda wandb: wandb.log({}))
     assert capsys.readouterr().err.count("training goes on") == 1
+
+
+def test_a_run_survives_a_picture_that_wandb_does_not_take(tmp_path, monkeypatch, capsys):
+    broken = MagicMock()
+    broken.Image.side_effect = OSError("no space left")
+    monkeypatch.setitem(sys.modules, "wandb", broken)
+    run = object.__new__(shared.Run)
+    run.dir, run.epoch, run.wandb = tmp_path, 1, broken
+    run.picture("samples", shared.grid(torch.rand(2, 1, 4, 4), 2, "samples"))
+    assert (tmp_path / "samples.png").exists() and run.wandb is None
+    assert "training goes on" in capsys.readouterr().err
