@@ -4,7 +4,7 @@
     python results/figures.py gan_losses --runs runs           # of your own: runs/gan_losses.png
 
 Runs of a sweep are known by their names, which begin with the file's: ablation-no-decay-seed0.
-Two studies were once made by one run each, whose keys name the setting and the seed.
+One study was once made by a single run, whose keys name the setting and the seed.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch.nn.functional import interpolate, pad
 
 
-def study(folder, experiment, sweep, combined):
+def study(folder, experiment, sweep, combined=None):
     """{setting: {seed: {metric: value}}} of a sweep's runs, else of the one run that had all."""
     found = [s for s in table.summaries(folder) if s["experiment"] == experiment]
     runs = [s for s in found if re.match(f"{sweep}-.*-seed[0-9]", s["run"])]
@@ -59,7 +59,12 @@ def dots(axes, found, value, xlabel, colored=False):
 
 def linear_ablation(folder):
     """What each ingredient of linear ALAE's recipe is for: step1_linear/sweeps/ablation.yaml."""
-    found = study(folder, "linear_alae", "ablation", "ablation-val-k10")
+    found = study(folder, "linear_alae", "ablation")
+
+    def worst(item):
+        return -max(run["ratio_test"] for run in item[1].values())
+
+    found = dict(sorted(found.items(), key=worst))
     figure = Figure(figsize=(8, 5), layout="constrained")
     title = "Linear ALAE on MNIST (val), k = 10: one thing changed at a time"
     axes = figure.add_subplot(title=title)

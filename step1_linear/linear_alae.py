@@ -37,8 +37,7 @@ Deviations from the paper:
  2. Each step has an Adam of its own; in the paper one is for (E, D) and one for (F, G).
  3. The learning rates fall linearly to 1 %, since Adam with β₁ = 0 keeps shaking the weights by
     about lr. D's is smaller, for k = 50. γ is 0.5, not 10: 8γν < 1.
- 4. G starts at 0, so that no direction of w begins with less variance in the data than in the
-    samples, where A turns 0.
+ 4. G starts at 0. Without the floor that is needed (README.md), with it PyTorch's weights do.
  5. --preset student: autoencoders.py of github.com/ariel415el/LabProject-ALAE. Its penalty,
     γ/2 (‖∇ₓD‖ − 1)², is not convex in a and pulls ‖a‖ to 1: what is said above of a linear critic
     holds for R1. There D has no bias, and main.py has z in 50 dimensions and lr 0.001.

@@ -381,19 +381,30 @@ def test_the_committed_tables_are_those_of_the_committed_runs():
 
 
 def test_a_figure_shows_the_runs_of_a_sweep_as_it_shows_the_one_run_that_had_all(tmp_path):
-    study = "linear_alae", "ablation", "ablation-val-k10"
+    study = "gan_mnist", "gan_losses", "compare"
     old = figures.study(ROOT / "results", *study)
-    assert old["critic: linear"][1] == {"ratio_test": pytest.approx(1.9399, abs=1e-4)}
-    assert len(old) == 16 and all(len(seeds) == 3 for seeds in old.values())
-    for preset, label in (("recipe", "recipe"), ("critic-linear", "critic: linear")):
-        for seed, metrics in old[label].items():
-            facts = {"experiment": "linear_alae", "run": f"ablation-{preset}-seed{seed}"}
-            facts["eval/ratio_test"] = metrics["ratio_test"]
-            write(tmp_path, summary(seed, 0.0, **facts))
+    assert len(old) == 5 and all(len(seeds) == 2 for seeds in old.values())
+    preset, seeds = next(iter(old.items()))
+    for seed, metrics in seeds.items():
+        facts = {"experiment": "gan_mnist", "run": f"gan_losses-{preset}-seed{seed}"}
+        facts |= {f"eval/{name}": value for name, value in metrics.items()}
+        write(tmp_path, summary(seed, 0.0, **facts))
     new = figures.study(tmp_path, *study)
-    assert list(new) == ["critic-linear", "recipe"]
-    for seed in range(3):
-        assert new["critic-linear"][seed]["ratio_test"] == old["critic: linear"][seed]["ratio_test"]
+    assert list(new) == [preset]
+    for seed, metrics in seeds.items():
+        assert metrics.items() <= new[preset][seed].items()
+
+
+def test_the_ablation_is_drawn_from_the_worst_to_the_best():
+    found = figures.study(ROOT / "results", "linear_alae", "ablation")
+    assert len(found) == 17 and all(len(seeds) == 3 for seeds in found.values())
+    labels = [
+        text.get_text()
+        for text in figures.linear_ablation(ROOT / "results").axes[0].get_yticklabels()
+    ]
+    worst = {name: max(run["ratio_test"] for run in found[name].values()) for name in labels}
+    assert list(worst.values()) == sorted(worst.values(), reverse=True)
+    assert labels[-1] == "tangent" and labels.index("critic-linear") < labels.index("recipe")
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
