@@ -1,9 +1,11 @@
-"""An autoencoder's long features under a linear SVM: does their scale explain its accuracy?
+"""Long features under a linear SVM: does their scale explain its accuracy?
 
     python step2_gan/autoencoder_mnist.py --split val --run-name val
-    python results/svm_scale.py runs/autoencoder_mnist/val/model.pt    # kept: results/svm_scale.md
+    python results/svm_scale.py autoencoder_mnist runs/autoencoder_mnist/val/model.pt
+    python results/svm_scale.py train_fc_alae runs/train_fc_alae/NAME/model.pt
 
-The SVM's C weighs the slack against ‖w‖²: features a times larger are as good as C a² times larger.
+Kept: results/svm_scale.md. The SVM's C weighs the slack against ‖w‖²: features a times larger are
+as good as C a² times larger.
 """
 
 import argparse
@@ -12,16 +14,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "step2_gan"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "step3_official_alae"))
 import shared
 
 import autoencoder_mnist
+import train_fc_alae
 
-FACTORS = 1, 10, 100, 1000  # of the protocol's C = 0.02
+EXPERIMENTS = {"autoencoder_mnist": autoencoder_mnist, "train_fc_alae": train_fc_alae}
+FACTORS = 0.01, 0.1, 1, 10, 100  # of the protocol's C = 0.02
+
+
+def long_features(nets, data, config):
+    """The activations (N, 1024) before E's last layer, of training and of test images."""
+    x_train, x_test = data.x_train, data.x_test
+    if isinstance(config, train_fc_alae.Config):
+        x_train, x_test = (train_fc_alae.to_x(x, config) for x in (x_train, x_test))
+    return [shared.chunked(nets["E"][:4], x) for x in (x_train, x_test)]
 
 
 def table(config, data, nets):
     """% right on the test images of config.split, a row for each scaling of the features."""
-    train, test = (shared.chunked(nets["E"][:4], x) for x in (data.x_train, data.x_test))
+    train, test = long_features(nets, data, config)
     mean, std = train.mean(0), train.std(0) + 1e-6
     standardised = (train - mean) / std, (test - mean) / std
     lines = [f"| long features, {config.dataset} {config.split} | mean square |"]
@@ -36,22 +49,27 @@ def table(config, data, nets):
     return "\n".join(lines)
 
 
-def main(path):
-    config = shared.parse_config(autoencoder_mnist.Config, argv=["--eval", path])
+def main(experiment, path):
+    module = EXPERIMENTS[experiment]
+    config = shared.parse_config(module.Config, argv=["--eval", path])
     device = shared.setup(config)
     data = shared.load_data(config, device)
-    nets = autoencoder_mnist.build(config, data.x_train.shape[1]).to(device)
-    checkpoint = shared.load_checkpoint(path, autoencoder_mnist.Config)
+    nets = module.build(config, data.x_train.shape[1]).to(device)
+    checkpoint = shared.load_checkpoint(path, module.Config)
     for name, net in nets.items():
         net.load_state_dict(checkpoint[name])
-    command = f"python step2_gan/autoencoder_mnist.py --split {config.split} --seed {config.seed}"
-    print(f"Of `{command} --epochs {checkpoint['epoch']}`, {shared.hardware(device)}:\n")
-    print(table(config, data, nets))
+    command = f"python {Path(module.__file__).parent.name}/{experiment}.py"
+    if experiment == "train_fc_alae":
+        command += f" --preset {config.preset}"
+    command += f" --split {config.split} --seed {config.seed} --epochs {checkpoint['epoch']}"
+    print(f"Of `{command}`, {shared.hardware(device)}:\n\n{table(config, data, nets)}\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = shared.fail
-    parser.add_argument("model", help="a model.pt of autoencoder_mnist.py")
-    main(parser.parse_args().model)
+    parser.add_argument("experiment", choices=tuple(EXPERIMENTS))
+    parser.add_argument("model", help="a model.pt of it")
+    options = parser.parse_args()
+    main(options.experiment, options.model)

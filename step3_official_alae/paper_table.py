@@ -37,10 +37,6 @@ METHODS = {  # (experiment, setting, what was measured): (the paper's row, ours)
     ("alae_mnist", "", "eval"): ("ALAE", "ALAE, from the paper's text"),
     ("train_fc_alae", "preset fast", "eval"): ("ALAE", "ALAE, preset fast"),
     ("train_fc_alae", "preset signed", "eval"): ("ALAE", "ALAE, preset signed"),
-    ("train_fc_alae", "preset signed, lr_end 0.0, err_weight 0.1", "eval"): (
-        "ALAE",
-        "ALAE, preset signed, L_err 0.1",
-    ),
     ("train_fc_alae", "", "pixels"): ("", "raw pixels"),
     ("train_fc_alae", "", "untrained"): ("", "untrained encoder of ALAE"),
 }

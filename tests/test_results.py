@@ -435,11 +435,21 @@ def test_the_svm_sees_features_as_they_are_and_standardised_by_the_training_imag
 
     monkeypatch.setattr(svm_scale.shared, "svm_accuracy", svm_accuracy)
     text = svm_scale.table(config, data, nets)
-    assert [C for _, C in given] == pytest.approx([0.02, 0.2, 2.0, 20.0] * 2)
-    (train, y_train, test, y_test), (standard, _, other, _) = given[0][0], given[4][0]
+    assert [C for _, C in given] == pytest.approx([0.0002, 0.002, 0.02, 0.2, 2.0] * 2)
+    (train, y_train, test, y_test), (standard, _, other, _) = given[0][0], given[5][0]
     with torch.no_grad():
         torch.testing.assert_close(test, nets["E"][:4](data.x_test))
     assert y_train is data.y_train and y_test is data.y_test
     moved = (test - train.mean(0)) / (train.std(0) + 1e-6)
     torch.testing.assert_close(other, moved)
-    assert standard.mean().abs() < 1e-5 and text.count("50.00") == 8
+    assert standard.mean().abs() < 1e-5 and text.count("50.00") == 10
+
+
+def test_the_svm_sees_the_images_in_the_range_of_alae():
+    data, alae = toy_data(), svm_scale.train_fc_alae
+    config = alae.Config(input_range="11")
+    nets = alae.build(config, 784)
+    train, test = svm_scale.long_features(nets, data, config)
+    with torch.no_grad():
+        torch.testing.assert_close(train, nets["E"][:4](2 * data.x_train - 1))
+        torch.testing.assert_close(test, nets["E"][:4](2 * data.x_test - 1))
