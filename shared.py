@@ -27,24 +27,22 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "2000"
 
 from assets import lenet
+from assets.classifiers import knn_accuracy, mlp_accuracy, percent_right, svm_accuracy
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
-from torch.nn.functional import cross_entropy, interpolate, normalize, one_hot, pad
+from torch.nn.functional import interpolate, normalize, pad
 from torchvision import datasets
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 DATASETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 OF_THE_MACHINE = {"device", "data_dir", "out_dir", "run_name", "wandb", "resume", "eval"}
-MAY_CHANGE = {
-    "resume": {"resume", "epochs", "device", "data_dir", "wandb"},
-    "eval": OF_THE_MACHINE | {"dataset", "split", "smoke", "eval_weights"},
-}
+BESIDE_RESUME = {"resume", "epochs", "device", "data_dir", "wandb"}
+BESIDE_EVAL = OF_THE_MACHINE | {"dataset", "split", "smoke", "eval_weights"}
 NO_SETTING = OF_THE_MACHINE | {"epochs", "eval_every", "seed", "dataset", "split"}
 
 
@@ -101,14 +99,15 @@ def parse_config(Config, presets=None, argv=None):
         if low is not None and value is not None and not low <= value < 2**63:
             fail(f"--{f.name.replace('_', '-')} {value}: must be at least {low}, and finite")
     defaults = (presets or {}).get(given.get("preset", getattr(Config, "preset", "")), {})
-    for how, free in MAY_CHANGE.items():
-        if given.get(how):
-            defaults = asdict(Config()) | load_checkpoint(given[how], Config)["config"]
-            if defaults.get("decay"):  # the learning rate falls towards the last epoch
-                free = free - {"epochs"}
-            for name in sorted(given.keys() - free):
-                fail(f"--{name}: leave it out, {given[how]} has {defaults[name]}")
-    if given.get("eval"):
+    path = given.get("resume") or given.get("eval")
+    if path:
+        defaults = load_checkpoint(path, Config)["config"]
+        beside = BESIDE_RESUME if "resume" in given else BESIDE_EVAL
+        if defaults.get("decay"):  # the learning rate falls towards the last epoch
+            beside = beside - {"epochs"}
+        for name in sorted(given.keys() - beside):
+            fail(f"--{name}: leave it out, {path} has its own")
+    if "eval" in given:
         defaults = {name: defaults[name] for name in defaults.keys() - OF_THE_MACHINE}
     return Config(**(defaults | given))
 
@@ -137,11 +136,10 @@ def setup(config):
         device = torch.accelerator.current_accelerator()
     if config.device not in ("auto", device.type):
         fail(f"--device {config.device}: there is no such device here")
-    if getattr(config, "precision", "") == "bf16" and device.type == "cpu":
-        able = [name for name, there in torch.cpu.get_capabilities().items() if there]
-        if not any("bf16" in name for name in able):
-            print("--precision bf16: not on this processor, fp32 it is", file=sys.stderr)
-            config.precision = "fp32"
+    has_bf16 = any(able for name, able in torch.cpu.get_capabilities().items() if "bf16" in name)
+    if getattr(config, "precision", "") == "bf16" and device.type == "cpu" and not has_bf16:
+        print("--precision bf16: not on this processor, fp32 it is", file=sys.stderr)
+        config.precision = "fp32"
     if config.smoke and hasattr(config, "epochs"):
         config.epochs, config.eval_every = min(config.epochs, 2), 1
     if config.smoke and hasattr(config, "steps"):
@@ -188,12 +186,12 @@ def hardware(device):
     """The GPU's name; or the processor's name, family and model, its cores and the threads used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
-    cpu, pattern = Path("/proc/cpuinfo"), r"^(?:cpu family|model|model name)\s*: (.*)"
-    names = re.findall(pattern, cpu.read_text(), re.M)[:3] if cpu.exists() else []
-    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    if len(names) < 3:
-        return f"{platform.processor()}, {cores}"
-    return f"{names[2]} (family {names[0]}, model {names[1]}), {cores}"
+    name, cpu = platform.processor(), Path("/proc/cpuinfo")
+    text = cpu.read_text() if cpu.exists() else ""
+    facts = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)", text, re.M))
+    if len(facts) == 3:
+        name = "{model name} (family {cpu family}, model {model})".format_map(facts)
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 # Data
@@ -220,29 +218,27 @@ def load_data(config, device, size=64):
     dw tests on the official test images, sw on a sixth of the training images, val on another
     sixth, to choose hyperparameters; always the same ones. A folder's dw is its sw.
     """
-    name, limit = config.dataset, 2000 if config.smoke else None
+    name, limit = config.dataset, 2000 if config.smoke else 10**9
     if name.startswith("folder:"):
         x = read_pictures(Path(name.removeprefix("folder:")).expanduser(), size, limit)
-        y, x_test, y_test = torch.zeros(len(x)), None, None
+        y, test = torch.zeros(len(x)), None
     elif name in DATASETS:
-        (x, y), (x_test, y_test) = load_archives(name, config.data_dir)
+        (x, y), test = load_archives(name, config.data_dir)
     else:
         fail(f"--dataset {name}: unknown; choose {', '.join(DATASETS)} or folder:PATH")
 
-    if config.split != "dw" or x_test is None:
+    if config.split != "dw" or test is None:
         n = len(x) // 6
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
         if config.split == "val":
             order = order[n:]  # without the test images of sw
-        x_test, y_test = x[order[:n]], y[order[:n]]
+        test = x[order[:n]], y[order[:n]]
         x, y = x[order[n:]], y[order[n:]]
-    if config.smoke:
-        x, y = x[:limit], y[:limit]
-        x_test, y_test = x_test[: limit // 2], y_test[: limit // 2]
+    x, y = to_images(x[:limit], device), y[:limit].to(device)
+    x_test, y_test = to_images(test[0][: limit // 2], device), test[1][: limit // 2].to(device)
     if len(x) < getattr(config, "batch_size", 1):
         fail(f"--batch-size {config.batch_size} is larger than the training data")
-    x, x_test = to_images(x, device), to_images(x_test, device)
-    data = Data(name, x.flatten(1), y.to(device), x_test.flatten(1), y_test.to(device), x.shape[1:])
+    data = Data(name, x.flatten(1), y, x_test.flatten(1), y_test, x.shape[1:])
     return data._replace(y_train=None, y_test=None) if name.startswith("folder:") else data
 
 
@@ -264,7 +260,8 @@ def load_archives(name, data_dir):
 
 def read_pictures(folder, size, limit):
     """Central squares of a folder's pictures: uint8 (N, size, size, 3), or (…, 1) if all grey."""
-    paths = sorted(path for path in folder.rglob("*.*") if path.suffix.lower() in PICTURES)
+    known = Image.registered_extensions()
+    paths = sorted(path for path in folder.rglob("*.*") if path.suffix.lower() in known)
     if len(paths) < 100:
         fail(f"--dataset folder:{folder}: only {len(paths)} pictures there, not 100")
     pictures = []
@@ -339,8 +336,8 @@ class Run:
         self.module = sys.modules[type(config).__module__]
         self.file = Path(self.module.__file__)
         self.epoch, self.saved, self.bar = 0, {}, tqdm(disable=True)
-        self.history = {"id": os.urandom(4).hex(), "commands": [], "commits": [], "rows": []}
-        self.history |= {"images_seen": 0, "wall_s": 0.0}
+        self.history = {"commands": [], "commits": [], "images_seen": 0, "wall_s": 0.0}
+        self.history |= {"id": os.urandom(4).hex(), "rows": []}
         if config.resume or config.eval:
             self.saved = load_checkpoint(config.resume or config.eval, type(config))
             self.epoch = self.saved["epoch"]
@@ -349,8 +346,8 @@ class Run:
                 fail(f"{config.resume} has {self.epoch} {self.unit}s, or is a trained model")
             self.dir, self.history = Path(config.resume).absolute().parent, self.saved["history"]
         else:
-            stamp = time.strftime(f"%Y%m%d-%H%M%S-seed{config.seed}-{self.history['id'][:3]}")
-            self.dir = Path(config.out_dir, self.file.stem, config.run_name or stamp)
+            name = time.strftime(f"%Y%m%d-%H%M%S-seed{config.seed}-{self.history['id'][:3]}")
+            self.dir = Path(config.out_dir, self.file.stem, config.run_name or name)
             try:
                 self.dir.mkdir(parents=True)
             except OSError as error:
@@ -372,8 +369,7 @@ class Run:
         words = ["python", f"{self.file.parent.name}/{self.file.name}", *sys.argv[1:]]
         self.history["commands"].append(shlex.join(words))
         self.history["commits"].append(told.stdout.strip())
-        values = asdict(self.config)
-        usual = asdict(type(self.config)())
+        values, usual = asdict(self.config), asdict(type(self.config)())
         if "preset" in usual:
             usual |= self.module.PRESETS[self.config.preset]
         own = {k: v for k, v in values.items() if v != usual[k] and k not in NO_SETTING}
@@ -391,9 +387,6 @@ class Run:
         try:
             import wandb
 
-            online = wandb.setup().settings.mode == "online"
-            if online and not wandb.login(prompt=False, verify=False):
-                raise RuntimeError("run 'wandb login' first, or set WANDB_MODE=offline")
             tags = [self.config.dataset, self.config.split]
             return wandb.init(**names, tags=tags, config=asdict(self.config))
         except Exception as error:  # not installed, nobody logged in, no network
@@ -412,16 +405,8 @@ class Run:
 
     def epochs(self, parts):
         """The epochs to train, none with --eval; restores parts {name: what has a state_dict}."""
-        if "random" in self.saved:
-            torch.set_rng_state(self.saved["random"])
-            torch.cuda.set_rng_state_all(self.saved["random_cuda"])
-        elif self.saved:
-            parts = self.nets
-        try:
-            for name, part in parts.items() if self.saved else ():
-                part.load_state_dict(self.saved[name])
-        except RuntimeError as error:  # shapes that differ
-            fail(f"{self.config.resume or self.config.eval} does not fit this data: {error}")
+        if self.saved:
+            self._restore(parts if "random" in self.saved else self.nets)
         if self.config.eval:
             return
         every = 1 if self.unit == "epoch" else self.config.eval_every
@@ -432,6 +417,17 @@ class Run:
             self.sums, self.images, self.step_in_epoch = {}, 0, 0
             self.begin = time.perf_counter()
             yield self.epoch
+
+    def _restore(self, parts):
+        """Loads a checkpoint, random states included, or a trained model."""
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(self.saved[name])
+        except RuntimeError as error:  # shapes that differ
+            fail(f"{self.config.resume or self.config.eval} does not fit this data: {error}")
+        if self.config.resume:
+            torch.set_rng_state(self.saved["random"])
+            torch.cuda.set_rng_state_all(self.saved["random_cuda"])
 
     @property
     def progress(self):
@@ -460,10 +456,9 @@ class Run:
 
     def log_losses(self):
         """The epoch's mean losses, and images per second, as a new row of metrics.csv."""
-        means = self._mean_losses()
         self.history["images_seen"] += self.images
         speed = self.images / (time.perf_counter() - self.begin)
-        self.log(means | {"perf/images_per_s": speed})
+        self.log(self._mean_losses() | {"perf/images_per_s": speed})
 
     def log(self, metrics):
         """Adds metrics to this epoch's row, in metrics.csv, summary.json and W&B."""
@@ -548,63 +543,6 @@ class Run:
 
 
 # Metrics
-
-
-def percent_right(predicted, y):
-    return 100 * (predicted == y).sum().item() / len(y)
-
-
-def knn_accuracy(train, y_train, test, y_test):
-    """% right of the nearest neighbour (L2) among the training rows (N, d) of each test row."""
-    centre = train.mean(0)  # near the origin ‖a‖² − 2ab loses no digits
-    train, test = train - centre, test - centre
-    norms = train.square().sum(1)
-    nearest = chunked(lambda b: torch.addmm(norms, b, train.T, alpha=-2).argmin(1), test, 500)
-    return percent_right(y_train[nearest], y_test)
-
-
-def svm_accuracy(train, y_train, test, y_test, C=0.02):
-    """% right of liblinear's LinearSVC, one-vs-rest, by L-BFGS to the optimum of
-
-        min_w  ½‖w‖² + C Σ max(0, 1 − y w·x)²,   x with a constant feature for the bias.
-
-    Solved for v = Lᵀw, LLᵀ = I + 2C XᵀX, the Hessian at w = 0.
-    """
-    X, X_test = pad(train, (0, 1), value=1.0), pad(test, (0, 1), value=1.0)  # (N, d + 1)
-    Y = 2 * one_hot(y_train).to(X) - 1  # (N, classes)
-    L = torch.linalg.cholesky(torch.eye(X.shape[1], device=X.device) + 2 * C * (X.T @ X))
-    v = torch.zeros(X.shape[1], Y.shape[1], device=X.device)
-
-    def loss():
-        w = torch.linalg.solve_triangular(L.T, v, upper=True)
-        slack = (1 - Y * (X @ w)).clamp_(min=0)
-        gradient = w - 2 * C * (X.T @ (Y * slack))
-        v.grad = torch.linalg.solve_triangular(L, gradient, upper=False).contiguous()
-        return 0.5 * w.square().sum() + C * slack.square().sum()
-
-    stop = {"max_iter": 200, "tolerance_grad": 1e-4, "tolerance_change": 0}
-    torch.optim.LBFGS([v], **stop, line_search_fn="strong_wolfe").step(loss)
-    w = torch.linalg.solve_triangular(L.T, v, upper=True)
-    return percent_right((X_test @ w).argmax(1), y_test)
-
-
-def mlp_accuracy(train, y_train, test, y_test):
-    """% right of a net with one hidden layer on standardised features; always seed 0."""
-    mean, std = train.mean(0), train.std(0) + 1e-6
-    train, test = (train - mean) / std, (test - mean) / std
-    generator = torch.Generator(train.device).manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # the CPU's alone, where the net begins
-        classes = int(y_train.max()) + 1
-        net = nn.Sequential(nn.Linear(train.shape[1], 128), nn.ReLU(), nn.Linear(128, classes))
-    optimizer = torch.optim.Adam(net.to(train).parameters(), fused=True)
-    for _ in range(20):
-        order = torch.randperm(len(train), device=train.device, generator=generator)
-        for i in order[: len(train) - len(train) % 250].view(-1, 250):
-            optimizer.zero_grad()
-            cross_entropy(net(train[i]), y_train[i]).backward()
-            optimizer.step()
-    return percent_right(chunked(net, test).argmax(1), y_test)
 
 
 def code_metrics(data, train, test, kind, full=True):
