@@ -26,7 +26,7 @@ from typing import NamedTuple
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "2000"
 
-from assets import lenet
+from assets import lenet, pca  # noqa: F401 (pca is for step 1)
 from assets.classifiers import knn_accuracy, mlp_accuracy, percent_right, svm_accuracy
 
 import numpy as np
@@ -584,78 +584,6 @@ def prior_gap(z, sample):
     draws = [(sample(seed), sample(seed + 1)) for seed in (1, 3, 5, 7)]
     gap = sum(sliced_wasserstein(z, other) for _, other in draws) / 4
     return gap, sum(sliced_wasserstein(one, other) for one, other in draws) / 4
-
-
-class PCA:
-    """Principal components of the training images: what linear autoencoders are measured by.
-
-    A linear autoencoder is E (k, d), G (d, k) and mean (d,), with x̂ = mean + G E (x − mean). Here
-    all but the images is in float64, on the CPU.
-    """
-
-    def __init__(self, data, k):
-        self.data, self.x_train = data, data.x_train
-        self.train, self.test = self.moments(data.x_train), self.moments(data.x_test)
-        values, vectors = torch.linalg.eigh(self.train[1])  # ascending
-        rank = int((values > 1e-9 * values[-1].clamp(min=1e-3)).sum())
-        if k >= rank:
-            fail(f"--k {k}: the data spans {rank} dimensions, choose less")
-        self.V, self.values = vectors.flip(1)[:, :k], values.flip(0)
-        self.maps = self.V.T, self.V, self.train[0]
-
-    @staticmethod
-    def moments(x):
-        """Mean (d,) and covariance (d, d) of x (n, d)."""
-        mean = x.mean(0)
-        centred = (x - mean).cpu().double()
-        return mean.cpu().double(), centred.T @ centred / len(x)
-
-    @staticmethod
-    def mse(E, G, mean, moments):
-        """Mean over images and pixels of (x − x̂)², from the images' moments."""
-        offset = moments[0] - mean
-        S = moments[1] + offset.outer(offset)  # about the maps' mean
-        ES = E @ S
-        total = S.trace() - 2 * (ES * G.T).sum() + ((G.T @ G) * (ES @ E.T)).sum()
-        return total.item() / len(S)
-
-    def metrics(self, E, G, mean, full=False):
-        """Errors, over PCA's, and angles to its subspace; full: what the codes are worth."""
-        E, G, mean = (t.detach().cpu().double() for t in (E, G, mean))
-        metrics = {}
-        for name, part in (("train", self.train), ("test", self.test)):
-            metrics[f"eval/mse_{name}"] = self.mse(E, G, mean, part)
-            metrics[f"eval/pca_mse_{name}"] = self.mse(*self.maps, part)
-        metrics["eval/ratio"] = metrics["eval/mse_train"] / metrics["eval/pca_mse_train"]
-        metrics["eval/ratio_test"] = metrics["eval/mse_test"] / metrics["eval/pca_mse_test"]
-        for name, basis in (("E", E.T), ("G", G)):
-            cosines = torch.linalg.svdvals(torch.linalg.qr(basis)[0].T @ self.V)
-            metrics[f"eval/angle_{name}"] = cosines.clamp(max=1).acos().max().item()
-        if full:
-            data = self.data
-            codes = [(x - mean.to(x)) @ E.T.to(x) for x in (data.x_train, data.x_test)]
-            metrics |= image_metrics(data, self.reconstruct(data.x_test, E, G, mean))
-            metrics |= code_metrics(data, *codes, "short")
-        return metrics
-
-    @staticmethod
-    def reconstruct(x, E, G, mean):
-        """x (n, d) → x̂ (n, d)."""
-        return mean.to(x) + (x - mean.to(x)) @ E.T.to(x) @ G.T.to(x)
-
-    @torch.no_grad()
-    def draw(self, run, E, G, mean, title):
-        """Principal components of x and of x̂, and reconstructions by PCA and by E and G."""
-        images, GE = self.data.images, (G @ E).cpu().double()
-        U = torch.linalg.eigh(GE @ self.train[1] @ GE.T)[1].flip(1)[:, : len(E)]
-        U = torch.where((U * self.V).sum(0) < 0, -U, U)  # eigenvectors have no sign
-        components = torch.cat([self.V.T[:10], U.T[:10]])
-        components = 0.5 + components / (2 * components.abs().amax(1, keepdim=True))
-        columns = len(components) // 2
-        run.picture("components", grid(images(components), columns, title, ["PCA", "ours"]))
-        x = self.data.x_test[:12]
-        x = torch.cat([x, self.reconstruct(x, *self.maps), self.reconstruct(x, E, G, mean)])
-        run.picture("reconstructions", grid(images(x), 12, title, ["x", "PCA", "ours"]))
 
 
 # Pictures

@@ -102,18 +102,6 @@ class Config(shared.Protocol):
     eval_every: int = option(400, "steps between evaluations", low=1)
 
 
-class Scaling(nn.Module):
-    """Pixels → the x that the maps see: scale · (x − mean)."""
-
-    def __init__(self, mean, scale):
-        super().__init__()
-        self.register_buffer("mean", mean)
-        self.register_buffer("scale", torch.tensor(scale))
-
-    def forward(self, x):
-        return (x - self.mean) * self.scale
-
-
 class Quadratic(nn.Module):
     """D(w) = wᵀAw − c, A = BᵀB + floor I."""
 
@@ -143,7 +131,9 @@ def build(config, x):
         D = Quadratic(k, config.floor * config.decay)
     else:
         D = nn.Sequential(nn.Linear(k, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1), nn.Flatten(0))
-    scaling = Scaling(mean, config.scale or (k / energy) ** 0.5)
+    scaling = nn.Module()  # the maps see scale · (pixels − mean)
+    scaling.mean = nn.Buffer(mean)
+    scaling.scale = nn.Buffer(torch.tensor(config.scale or (k / energy) ** 0.5))
     return nn.ModuleDict({"scaling": scaling, "F": F, "G": G, "E": E, "D": D})
 
 
@@ -230,8 +220,9 @@ def train_step(nets, opts, x, config):
 
 def maps(nets):
     """E (k, d), G (d, k) and mean (d,) for pixels: x̂ = mean + G E (x − mean)."""
-    E, G, scaling = nets["E"].weight, nets["G"].weight, nets["scaling"]
-    return E * scaling.scale, G / scaling.scale, scaling.mean
+    E, G = nets["E"].weight.detach(), nets["G"].weight.detach()
+    mean, scale = nets["scaling"].mean, nets["scaling"].scale
+    return E * scale, G / scale, mean
 
 
 def evaluate(nets, data, config, full=False):
@@ -239,11 +230,16 @@ def evaluate(nets, data, config, full=False):
 
     least_A: the least eigenvalue of A/ν, λ_k (1 − 8γν) at rest; at 0 D is blind in a direction.
     """
-    metrics = data.metrics(*maps(nets), full)
+    E, G, mean = maps(nets)
+    metrics = shared.pca.metrics(data, E, G, mean)
     if config.critic == "quadratic" and config.decay:
-        B, floor = nets["D"].B, nets["D"].floor
-        least = torch.linalg.eigvalsh(B.T @ B)[0].item() + floor
-        metrics["eval/least_A"] = least / config.decay
+        B = nets["D"].B
+        least = torch.linalg.eigvalsh(B.T @ B)[0].item()
+        metrics["eval/least_A"] = least / config.decay + config.floor
+    if full:
+        train, test = ((x - mean) @ E.T for x in (data.x_train, data.x_test))  # codes (N, k)
+        metrics |= shared.image_metrics(data, mean + test @ G.T)
+        metrics |= shared.code_metrics(data, train, test, "short")
     return metrics
 
 
@@ -251,15 +247,17 @@ def draw(run, data, config):
     """At the end: components and reconstructions, beside PCA's."""
     if config.eval or not run.is_due():
         title = f"Linear ALAE, {config.dataset}, k = {config.k}, step {run.epoch}"
-        data.draw(run, *maps(run.nets), title)
+        for name, x, rows in shared.pca.pictures(data, *maps(run.nets)):
+            run.picture(name, shared.grid(data.images(x), len(x) // len(rows), title, rows))
 
 
 def main(config):
     device = shared.setup(config)
-    data = shared.PCA(shared.load_data(config, device), config.k)
+    data = shared.load_data(config, device)
+    shared.pca.fit(data.x_train, config.k)  # refuses a k that is too large
     nets = build(config, data.x_train).to(device)
     opts = optimizers(nets, config)
-    x_train = nets["scaling"](data.x_train)
+    x_train = (data.x_train - nets["scaling"].mean) * nets["scaling"].scale
     parts = {"nets": nets} | opts
 
     run = shared.Run(config, device, nets)  # its own

@@ -42,9 +42,10 @@ def build(config, x):
     """Matrices E (k, d) and G (d, k), for images x (N, d)."""
     E = nn.Linear(x.shape[1], config.k, bias=False)
     G = nn.Linear(config.k, x.shape[1], bias=False)
-    nets = nn.ModuleDict({"E": E, "G": G})
-    nets.register_buffer("mean", x.mean(0))
-    return nets
+    pixels = nn.Module()
+    pixels.mean = nn.Buffer(x.mean(0))
+    pixels.sigma = nn.Buffer((x - pixels.mean).std())
+    return nn.ModuleDict({"pixels": pixels, "E": E, "G": G})
 
 
 def L_rec(E, G, x, sigma, loss):
@@ -53,9 +54,9 @@ def L_rec(E, G, x, sigma, loss):
     return error.abs().mean() if loss == "l1" else error.square().mean()
 
 
-def train_step(nets, opt, x, sigma, config):
+def train_step(nets, opt, x, config):
     """One step of Adam on x (B, d)."""
-    loss = L_rec(nets["E"].weight, nets["G"].weight, x, sigma, config.loss)
+    loss = L_rec(nets["E"].weight, nets["G"].weight, x, nets["pixels"].sigma, config.loss)
     opt.zero_grad()
     loss.backward()
     opt.step()
@@ -64,27 +65,34 @@ def train_step(nets, opt, x, sigma, config):
 
 def maps(nets):
     """E (k, d), G (d, k) and mean (d,) for pixels: x̂ = mean + G E (x − mean)."""
-    return nets["E"].weight, nets["G"].weight, nets.mean
+    return nets["E"].weight.detach(), nets["G"].weight.detach(), nets["pixels"].mean
 
 
 def evaluate(nets, data, config, full=False):
     """Errors over PCA's and angles to its subspace; at the end what the codes are worth."""
-    return data.metrics(*maps(nets), full)
+    E, G, mean = maps(nets)
+    metrics = shared.pca.metrics(data, E, G, mean)
+    if full:
+        train, test = ((x - mean) @ E.T for x in (data.x_train, data.x_test))  # codes (N, k)
+        metrics |= shared.image_metrics(data, mean + test @ G.T)
+        metrics |= shared.code_metrics(data, train, test, "short")
+    return metrics
 
 
 def draw(run, data, config):
     """At the end: components and reconstructions, beside PCA's."""
     if config.eval or not run.is_due():
         title = f"Linear AE ({config.loss}), {config.dataset}, k = {config.k}, step {run.epoch}"
-        data.draw(run, *maps(run.nets), title)
+        for name, x, rows in shared.pca.pictures(data, *maps(run.nets)):
+            run.picture(name, shared.grid(data.images(x), len(x) // len(rows), title, rows))
 
 
 def main(config):
     device = shared.setup(config)
-    data = shared.PCA(shared.load_data(config, device), config.k)
+    data = shared.load_data(config, device)
+    shared.pca.fit(data.x_train, config.k)  # refuses a k that is too large
     nets = build(config, data.x_train).to(device)
-    x_train = data.x_train - nets.mean
-    sigma = x_train.std()
+    x_train = data.x_train - nets["pixels"].mean
     opt = torch.optim.Adam(nets.parameters(), lr=config.lr, fused=True)
     parts = {"nets": nets, "opt": opt}
 
@@ -92,7 +100,7 @@ def main(config):
     for row in run.epochs(parts):  # its own
         for step, i in shared.step_batches(x_train, config, row):  # its own
             opt.param_groups[0]["lr"] = config.lr * (1 - (step - 1) / config.steps)  # its own
-            losses = train_step(nets, opt, x_train[i], sigma, config)  # its own
+            losses = train_step(nets, opt, x_train[i], config)  # its own
             run.step(losses, len(i))
         run.log_losses()
         if run.is_due():

@@ -30,6 +30,7 @@ didn't know about PCA' (2016). Deviations:
 
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,6 @@ from shared import option
 
 import torch
 from matplotlib.figure import Figure
-from scipy.linalg import subspace_angles
 from torch import nn
 
 
@@ -65,11 +65,6 @@ def variance_loss(C, S):
 def orthonormality(C):
     """‖CᵀC − I‖²."""
     return (C.T @ C - torch.eye(C.shape[1]).to(C)).square().sum()
-
-
-def largest_angle(C, V):
-    """Largest principal angle, in rad, between column spaces: bases are free up to a rotation."""
-    return float(subspace_angles(C.cpu().numpy(), V.cpu().numpy()).max())
 
 
 def descend(loss, S, k, steps, eta, rho=0.0, exact=True, momentum=True, seed=0):
@@ -116,54 +111,44 @@ def methods(l1, rho):
     }
 
 
-def solve(how, pca, config):
-    """Descends to PCA's subspace and its error; returns C, the way there, the cost."""
-    (_, S), V, trace = pca.train, pca.V, {}
-    least, k = reconstruction_loss(V, S).item(), V.shape[1]
-    for step, C, seconds in descend(S=S, k=k, steps=config.steps, seed=config.seed, **how):
-        cost = {"steps": step, "seconds": seconds}
-        angle, ratio = largest_angle(C, V), reconstruction_loss(C, S).item() / least
-        trace[step] = angle, ratio
+def solve(how, S, V, config):
+    """Descends to the subspace of V and its error; returns C, {step: (angle, ratio)}, the cost."""
+    least, trace = reconstruction_loss(V, S).item(), {}
+    for step, C, seconds in descend(S=S, k=config.k, steps=config.steps, seed=config.seed, **how):
+        angle, ratio = shared.pca.angle(C, V), reconstruction_loss(C, S).item() / least
+        trace[step], cost = (angle, ratio), {"steps": step, "seconds": seconds}
         arrived = abs(ratio - 1) <= 1e-4 or how["loss"] is variance_loss
         if angle <= config.tolerance and arrived:
             break
     return C, trace, cost
 
 
-def measure(C, pca):
+def measure(C, mean, data):
     """MSEs are means over images and pixels, of reconstructions that are not clipped."""
-    maps = C.T, C, pca.train[0]
-    return {
-        "mse_train": pca.mse(*maps, pca.train),
-        "mse_test": pca.mse(*maps, pca.test),
-        "ratio": pca.mse(*maps, pca.train) / pca.mse(*pca.maps, pca.train),
-        "orthonormality": orthonormality(C).item(),
-        "angle": largest_angle(C, pca.V),
-    }
-
-
-def table(results):
-    """The results as lines of text."""
-    names = ("mse_train", "mse_test", "ratio", "orthonormality", "angle", "steps", "seconds")
-    lines = ["".join(f"{word:>16s}" for word in ("", "", *names))]
-    for method, result in results.items():
-        cells = "".join(f"{result[name]:16.6g}" for name in names if name in result)
-        lines.append(f"{method:32s}{cells}")
-    return "\n".join(lines)
+    metrics = shared.pca.metrics(data, C.T, C, mean)
+    found = {name: metrics[f"eval/{name}"] for name in ("mse_train", "mse_test", "ratio")}
+    return found | {"orthonormality": orthonormality(C).item(), "angle": metrics["eval/angle_G"]}
 
 
 def rows_of(results, traces):
     """{step: {name: number}}: the ways there, and each result at the step at which it stopped."""
-    rows = {}
+    rows = defaultdict(dict)
     for name, trace in traces.items():
         for step, (angle, ratio) in trace.items():
-            row = {f"train/angle ({name})": angle, f"train/ratio ({name})": ratio}
-            rows[step] = rows.get(step, {}) | row
+            rows[step] |= {f"train/angle ({name})": angle, f"train/ratio ({name})": ratio}
     for name, result in results.items():
-        step = result.get("steps", 0)
         row = {f"{name}/{key}": value for key, value in result.items()}
-        rows[step] = rows.get(step, {}) | row
+        rows[result.get("steps", 0)] |= row
     return dict(sorted(rows.items()))
+
+
+def evaluate(C, mean, data):
+    """Errors over PCA's and angles to its subspace, and what the codes are worth."""
+    metrics = shared.pca.metrics(data, C.T, C, mean)
+    C, mean = C.to(data.x_test), mean.to(data.x_test)
+    train, test = ((x - mean) @ C for x in (data.x_train, data.x_test))  # codes (N, k)
+    metrics |= shared.image_metrics(data, mean + test @ C.T)
+    return metrics | shared.code_metrics(data, train, test, "short")
 
 
 def figure_convergence(traces, title):
@@ -185,35 +170,29 @@ def figure_convergence(traces, title):
     return figure
 
 
-class Projection(nn.Module):
-    """C (d, k) of x̂ = mean + C Cᵀ(x − mean), and the mean (d,)."""
-
-    def __init__(self, C, mean):
-        super().__init__()
-        self.C = nn.Parameter(C)
-        self.register_buffer("mean", mean)
-
-
 def main(config):
     if config.resume or config.eval:
         shared.fail("--resume, --eval: a run takes a minute, start it again")
     shared.setup(config)
     cpu = torch.device("cpu")  # in float64, which not every device has
     data = shared.load_data(config, cpu)
-    pca = shared.PCA(data, config.k)
-    projection = Projection(pca.V.clone(), pca.train[0])  # until there is one by gradient descent
+    _, V, mean = shared.pca.fit(data.x_train, config.k)
+    _, S = shared.pca.moments(data.x_train)
+    projection = nn.Module()  # x̂ = mean + C Cᵀ(x − mean)
+    projection.C = nn.Parameter(V.clone())  # until there is one by gradient descent
+    projection.mean = nn.Buffer(mean)
     run = shared.Run(config, cpu, nn.ModuleDict({"pca": projection}))
 
-    results, traces = {"analytic": measure(pca.V, pca)}, {}
-    l1 = pca.values[0].item()
+    results, traces = {"analytic": measure(V, mean, data)}, {}
+    l1 = torch.linalg.eigvalsh(S)[-1].item()
     for name, how in methods(l1, config.rho * l1).items():
-        C, traces[name], cost = solve(how, pca, config)
-        results[name] = measure(C, pca) | cost
+        C, traces[name], cost = solve(how, S, V, config)
+        results[name] = measure(C, mean, data) | cost
         if name == "reconstruction, QR":
             projection.C.data.copy_(C)
         if name == "variance, penalty":
             C = torch.linalg.qr(C)[0]
-            results[f"{name}, then one QR"] = measure(C, pca) | cost
+            results[f"{name}, then one QR"] = measure(C, mean, data) | cost
     for step, row in rows_of(results, traces).items():
         run.epoch = step
         run.log(row)
@@ -221,10 +200,12 @@ def main(config):
     title = f"PCA by gradient descent, {config.dataset}, k = {config.k}"
     run.picture("convergence", figure_convergence(traces, title))
     run.history["images_seen"] = len(data.x_train)
-    maps = projection.C.T, projection.C, projection.mean
-    pca.draw(run, *maps, title)
-    run.finish(pca.metrics(*maps, full=True))
-    print(table(results))
+    C = projection.C.detach()
+    for name, x, rows in shared.pca.pictures(data, C.T, C, mean):
+        run.picture(name, shared.grid(data.images(x), len(x) // len(rows), title, rows))
+    run.finish(evaluate(C, mean, data))
+    for name, result in results.items():
+        print(f"{name:32s}", *(f"{key} {value:<9.4g}" for key, value in result.items()))
 
 
 if __name__ == "__main__":

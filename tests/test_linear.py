@@ -2,16 +2,18 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import shared
 
 import linear_alae as alae
 import linear_autoencoder as autoencoder
 import linear_latent_regressor as regressor
+import pca_gd
 import pytest
 import sweep
 import torch
-from conftest import ROOT, assert_same, train
+from conftest import ROOT, assert_same, record, train
 from torch import nn
 from torch.nn.functional import softplus
 
@@ -167,7 +169,7 @@ def test_the_top_eigenspace_attracts_and_another_does_not(float64):
                 for parameter, g in zip(of, torch.autograd.grad(loss, of), strict=True):
                     parameter.data -= eta * g
         V = torch.eye(4)[:, kept]
-        return torch.linalg.svdvals(torch.linalg.qr(E.T)[0].T @ V).clamp(max=1).acos().max().item()
+        return shared.pca.angle(E.detach().T, V)
 
     assert angle_after([0, 1]) < 1e-3
     assert angle_after([0, 2]) > 0.5
@@ -397,13 +399,16 @@ def test_pca_is_that_of_the_training_images_and_both_errors_are_right(toys):
     mean = toys.x_train.double().mean(0)
     values, vectors = torch.linalg.eigh(torch.cov(toys.x_train.double().T, correction=0))
     V = vectors.flip(1)[:, :2]
-    pca = shared.PCA(toys, 2)
-    torch.testing.assert_close(torch.linalg.svdvals(pca.V.T @ V), torch.ones(2).double())
-    torch.testing.assert_close(pca.values, values.flip(0), rtol=1e-5, atol=0)
+    own = shared.pca.fit(toys.x_train, 2)
+    torch.testing.assert_close(torch.linalg.svdvals(own[0] @ V), torch.ones(2).double())
+    torch.testing.assert_close(own[1], own[0].T)
+    torch.testing.assert_close(own[2], mean, rtol=1e-5, atol=0)
+    found = torch.linalg.eigvalsh(shared.pca.moments(toys.x_train)[1])
+    torch.testing.assert_close(found, values, rtol=1e-5, atol=0)
     tilt = torch.tensor(0.3).double()
     W = V.clone()
     W[:, 1] = tilt.cos() * V[:, 1] + tilt.sin() * vectors[:, 0]
-    metrics = pca.metrics(5 * W.T, W / 5, mean)
+    metrics = shared.pca.metrics(toys, 5 * W.T, W / 5, mean)
     assert metrics["eval/mse_train"] == pytest.approx(direct(toys.x_train, W, mean), rel=1e-5)
     assert metrics["eval/mse_test"] == pytest.approx(direct(toys.x_test, W, mean), rel=1e-5)
     best, best_test = direct(toys.x_train, V, mean), direct(toys.x_test, V, mean)
@@ -415,76 +420,98 @@ def test_pca_is_that_of_the_training_images_and_both_errors_are_right(toys):
         assert metrics[f"eval/angle_{name}"] == pytest.approx(0.3, rel=1e-4)
 
 
-def test_codes_of_training_images_are_what_classifiers_learn_from(toys, monkeypatch):
+def test_a_direction_that_is_missing_is_at_a_right_angle():
+    V = torch.linalg.qr(torch.randn(6, 2).double())[0]
+    assert shared.pca.angle(3 * V @ torch.tensor([[1.0, 2.0], [0.0, 1.0]]).double(), V) < 1e-12
+    assert shared.pca.angle(V * torch.tensor([1.0, 0.0]), V) > 0.1, "SciPy's alone is 0"
+    assert shared.pca.angle(torch.zeros(6, 2).double(), V) > 0.1
+
+
+@pytest.mark.parametrize("module", (*FILES, pca_gd))
+def test_codes_of_training_images_are_what_classifiers_learn_from(module, toys, monkeypatch):
     labels = [torch.arange(len(x)) % 3 for x in (toys.x_train, toys.x_test)]
     data = toys._replace(y_train=labels[0], y_test=labels[1])
-    V, mean = shared.PCA(data, 2).V, data.x_train.mean(0)
-    asked = []
-
-    def spy(*arguments):
-        asked.append(arguments)
-        return {}
-
-    monkeypatch.setattr(shared, "code_metrics", spy)
-    metrics = shared.PCA(data, 2).metrics(2 * V.T, V, mean, full=True)
-    ((given, train_codes, test_codes, kind),) = asked
-    assert given is data and kind == "short"
-    torch.testing.assert_close(train_codes, (data.x_train - mean) @ (2 * V).float())
-    torch.testing.assert_close(test_codes, (data.x_test - mean) @ (2 * V).float())
-    x_rec = (mean + 2 * (data.x_test - mean) @ (V @ V.T).float()).clamp(0, 1)
-    error = (data.x_test - x_rec).square().mean().item()
-    assert metrics["eval/recon_mse"] == pytest.approx(error, rel=1e-5)
+    given = record(monkeypatch)
+    if module is pca_gd:
+        E, G, mean = shared.pca.fit(data.x_train, 2)
+        module.evaluate(G, mean, data)
+    else:
+        nets = module.build(module.Config(k=2), data.x_train)
+        nn.init.normal_(nets["G"].weight)
+        E, G, mean = module.maps(nets)
+        module.evaluate(nets, data, module.Config(k=2), full=True)
+    E, G, mean = E.float(), G.float(), mean.float()
+    train_codes, test_codes = given["short"]
+    torch.testing.assert_close(train_codes, (data.x_train - mean) @ E.T)
+    torch.testing.assert_close(test_codes, (data.x_test - mean) @ E.T)
+    ((x_rec, x_fake),) = given["images"]
+    torch.testing.assert_close(x_rec, mean + (data.x_test - mean) @ E.T @ G.T)
+    assert x_fake is None
 
 
 @pytest.mark.parametrize("module", FILES)
 def test_a_model_brings_its_own_mean_and_scale(module, toys):
     nets = module.build(module.Config(k=2), toys.x_train)
-    own = nets if module is autoencoder else nets["scaling"]
+    own = nets["pixels" if module is autoencoder else "scaling"]
     own.mean += 0.5  # as of a model that is evaluated on other data
     scale = 1 if module is autoencoder else own.scale
     x = toys.x_test
     x_rec = (nets["G"](nets["E"]((x - own.mean) * scale)) / scale + own.mean).detach()
-    pca = shared.PCA(toys, 2)
-    torch.testing.assert_close(pca.reconstruct(x, *module.maps(nets)).detach(), x_rec)
+    E, G, mean = module.maps(nets)
+    torch.testing.assert_close(mean + (x - mean) @ E.T @ G.T, x_rec)
     error = (x - x_rec).square().mean().item()
-    metrics = module.evaluate(nets, pca, module.Config(k=2))
+    metrics = module.evaluate(nets, toys, module.Config(k=2))
     assert metrics["eval/mse_test"] == pytest.approx(error, rel=1e-5)
 
 
 def test_no_random_maps_beat_pca(float64):
     x = centred()
     S, (_, V) = x.T @ x / len(x), eigen(x)
-    mse, part = shared.PCA.mse, shared.PCA.moments(x)
-    best = mse(V[:, :K].T, V[:, :K], part[0], part)
+    mean = shared.pca.moments(x)[0]
+    best = shared.pca.mse(x, V[:, :K].T, V[:, :K], mean)
     for _ in range(20):
         E = torch.randn(K, D)
         G = S @ E.T @ torch.linalg.inv(E @ S @ E.T)  # the best G for this E
-        error = mse(E, G, part[0], part)
-        assert best < error < mse(E, G + 0.1 * torch.randn(D, K), part[0], part)
+        error = shared.pca.mse(x, E, G, mean)
+        assert best < error < shared.pca.mse(x, E, G + 0.1 * torch.randn(D, K), mean)
 
 
 def test_pictures_show_the_components_of_what_the_maps_reconstruct(toys, monkeypatch):
     """Of maps to PCA's second and third direction: these two, whatever the basis of the code."""
-    pca, drawn = shared.PCA(toys, 2), {}
-    vectors = shared.PCA(toys, 3).V
+    own = shared.pca.fit(toys.x_train, 2)
+    _, vectors, mean = shared.pca.fit(toys.x_train, 3)
     turn = torch.linalg.qr(torch.randn(2, 2).double())[0]
     E, G = turn @ vectors[:, 1:].T, vectors[:, 1:] @ turn.T
-    monkeypatch.setattr(shared, "grid", lambda images, *_: images.flatten(1))
-    run = type("Run", (), {"picture": lambda self, name, images: drawn.update({name: images})})()
-    pca.draw(run, E, G, pca.train[0], "title")
+    drawn = {name: images for name, images, _ in shared.pca.pictures(toys, E, G, mean)}
     axes = drawn["components"] - 0.5
-    expected = torch.cat([pca.V, vectors[:, 1:]], 1)
+    expected = torch.cat([own[1], vectors[:, 1:]], 1)
     cosines = torch.nn.functional.cosine_similarity(axes, expected.T)
     torch.testing.assert_close(cosines.abs(), torch.ones(4).double())
-    x = toys.x_test[:12]
-    torch.testing.assert_close(drawn["reconstructions"][:12], x)
-    torch.testing.assert_close(drawn["reconstructions"][12:24], pca.reconstruct(x, *pca.maps))
-    assert not drawn["reconstructions"][24:].allclose(drawn["reconstructions"][12:24])
+    x, x_pca, x_rec = drawn["reconstructions"].split(12)
+    torch.testing.assert_close(x, toys.x_test[:12].double())
+    torch.testing.assert_close(x_pca, mean + (x - mean) @ own[1] @ own[1].T)
+    torch.testing.assert_close(x_rec, mean + (x - mean) @ E.T @ G.T)
+    assert not x_rec.allclose(x_pca)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_pictures_have_a_row_for_the_data_for_pca_and_for_the_maps(module, toys, monkeypatch):
+    sheets = {}
+    monkeypatch.setattr(shared, "grid", lambda images, *how: (images, *how))
+    nets = module.build(module.Config(k=2), toys.x_train)
+    run = SimpleNamespace(nets=nets, epoch=9, is_due=lambda: False, picture=sheets.__setitem__)
+    module.draw(run, toys, module.Config(k=2))
+    expected = {name: (x, rows) for name, x, rows in shared.pca.pictures(toys, *module.maps(nets))}
+    assert sheets.keys() == expected.keys() == {"components", "reconstructions"}
+    for name, (images, columns, title, rows) in sheets.items():
+        assert images.equal(toys.images(expected[name][0])) and rows == expected[name][1]
+        assert columns * len(rows) == len(images) and "step 9" in title
 
 
 def test_the_energy_of_x_is_that_of_z(toys):
     for module in (alae, regressor):
-        x = module.build(module.Config(k=2), toys.x_train)["scaling"](toys.x_train)
+        scaling = module.build(module.Config(k=2), toys.x_train)["scaling"]
+        x = (toys.x_train - scaling.mean) * scaling.scale
         assert x.mean(0).abs().max() < 1e-5
         assert x.square().sum(1).mean().item() == pytest.approx(2, rel=1e-5)
     nets = alae.build(alae.Config(k=2, scale=3.0), toys.x_train)
@@ -494,7 +521,7 @@ def test_the_energy_of_x_is_that_of_z(toys):
 def test_more_dimensions_than_the_data_has_are_refused(toys, capsys):
     for data, k, rank in ((toys, 6, 6), (toys._replace(x_train=torch.full((9, 6), 0.3)), 1, 0)):
         with pytest.raises(SystemExit) as stop:
-            shared.PCA(data, k)
+            shared.pca.fit(data.x_train, k)
         assert stop.value.code == 2
         assert f"--k {k}: the data spans {rank} dimensions" in capsys.readouterr().err
 
@@ -544,14 +571,13 @@ def test_each_finds_pca(module, steps, arguments, toys, unpictured, monkeypatch,
 def test_the_loop_lowers_the_rates_at_each_step_and_feeds_scaled_images(
     module, lr, end, toys, unpictured, monkeypatch, tmp_path
 ):
-    rates, images, others = [], [], []
+    rates, images = [], []
     train_step = module.train_step
 
     def spy(nets, opts, x, *more):
         first = opts["opt_E" if module is regressor else "opt_ED"] if type(opts) is dict else opts
         rates.append(1000 * first.param_groups[0]["lr"])
         images.append(x)
-        others.append(more)
         return train_step(nets, opts, x, *more)
 
     monkeypatch.setattr(module, "train_step", spy)
@@ -564,7 +590,7 @@ def test_the_loop_lowers_the_rates_at_each_step_and_feeds_scaled_images(
     order = seen[:, 0].argsort(), x[:, 0].argsort()
     torch.testing.assert_close(seen[order[0]], x[order[1]])
     if module is autoencoder:
-        assert all(sigma == x.std() for sigma, _ in others)
+        assert model["pixels"]["sigma"] == x.std() and model["pixels"]["mean"].shape == (6,)
 
 
 def test_the_students_setting_does_not(toys, unpictured, monkeypatch, tmp_path):
@@ -584,7 +610,8 @@ def test_the_absolute_error_is_another_optimum(float64):
     for loss, expected in (("l1", l1), ("l2", l2)):
         config = autoencoder.Config(k=K, loss=loss)
         opt = torch.optim.SGD(nets.parameters(), 0.0)
-        found = autoencoder.train_step(nets, opt, x, 2.0, config)
+        nets["pixels"].sigma.fill_(2)
+        found = autoencoder.train_step(nets, opt, x, config)
         torch.testing.assert_close(found["L_rec"], expected.detach())
 
 
@@ -658,9 +685,11 @@ def test_each_preset_is_another_training(toys):
         torch.manual_seed(0)
         nets = alae.build(config, toys.x_train)
         opts = alae.optimizers(nets, config)
+        scaling = nets["scaling"]
+        x = (toys.x_train[:100] - scaling.mean) * scaling.scale
         for step in (1, 2, 3, 4):
             alae.set_learning_rates(opts, config, step)
-            alae.train_step(nets, opts, nets["scaling"](toys.x_train[:100]), config)
+            alae.train_step(nets, opts, x, config)
         E, G, _ = alae.maps(nets)
         found[preset] = round((E @ G).sum().item(), 12)
     assert len(set(found.values())) == len(alae.PRESETS), found

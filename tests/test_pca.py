@@ -8,14 +8,7 @@ import pca_gd
 import pytest
 import torch
 from conftest import train
-from pca_gd import (
-    descend,
-    largest_angle,
-    methods,
-    orthonormality,
-    reconstruction_loss,
-    variance_loss,
-)
+from pca_gd import descend, methods, orthonormality, reconstruction_loss, variance_loss
 
 
 def data(d=20, n=500):
@@ -52,7 +45,7 @@ def test_each_method_spans_what_the_eigenvectors_span():
     assert torch.allclose(S @ V, V * values[:4])
     for name, how in methods(l1, l1).items():
         steps, C = last(S=S, k=4, steps=400, **how)
-        assert steps == 400 and largest_angle(C, V) < 1e-5, name
+        assert steps == 400 and shared.pca.angle(C, V) < 1e-5, name
         assert how.get("exact") is False or orthonormality(C) < 1e-20, name
 
 
@@ -73,7 +66,7 @@ def test_momentum_is_what_makes_the_reconstruction_fast():
     angles = []
     for momentum in (True, False):
         _, C = last(**how, eta=0.5 / values[0].item(), momentum=momentum)
-        angles.append(largest_angle(C, V[:, :4]))
+        angles.append(shared.pca.angle(C, V[:, :4]))
     assert angles[0] < 0.01 * angles[1]
 
 
@@ -83,7 +76,7 @@ def test_the_optimum_of_the_soft_variance_problem_is_too_long():
     _, C = last(S=S, k=4, steps=400, **methods(values[0].item(), rho)["variance, penalty"])
     found = torch.linalg.eigvalsh(C.T @ C).flip(0)
     torch.testing.assert_close(found, 1 + values[:4] / (2 * rho), rtol=1e-7, atol=1e-7)
-    assert largest_angle(torch.linalg.qr(C)[0], V[:, :4]) < 1e-5
+    assert shared.pca.angle(torch.linalg.qr(C)[0], V[:, :4]) < 1e-5
 
 
 def test_a_large_step_is_subspace_iteration():
@@ -93,7 +86,7 @@ def test_a_large_step_is_subspace_iteration():
     Q = torch.linalg.qr(torch.randn(20, 4, dtype=S.dtype, generator=generator))[0]
     for _ in range(7):
         Q = torch.linalg.qr(S @ Q)[0]
-    assert largest_angle(C, Q) < 1e-6
+    assert shared.pca.angle(C, Q) < 1e-6
 
 
 def test_the_way_does_not_depend_on_the_signs_that_a_qr_chooses(monkeypatch):
@@ -151,8 +144,8 @@ def test_a_run_fits_the_training_points_and_measures_both(points, monkeypatch, t
     assert summary["reconstruction, QR/ratio"] == pytest.approx(1, abs=1e-4)
     model = torch.load(folder / "model.pt", weights_only=True)["pca"]
     torch.testing.assert_close(model["mean"], mean)
-    assert largest_angle(model["C"], V) < 1e-3 and orthonormality(model["C"]) < 1e-10
-    assert largest_angle(model["C"], V) > 1e-12, "by gradient descent, not the analytic one"
+    assert shared.pca.angle(model["C"], V) < 1e-3 and orthonormality(model["C"]) < 1e-10
+    assert shared.pca.angle(model["C"], V) > 1e-12, "by gradient descent, not the analytic one"
 
     with pytest.raises(SystemExit):
         train(monkeypatch, pca_gd, "--eval", folder / "model.pt")
