@@ -54,7 +54,6 @@ class Config(shared.Protocol):
     batch_size: int = option(256, "images per step (ours; paper: 128)", low=1)
     lr: float = option(0.002, "rate of D and E at the start (ours; paper: 0.0002)", low=1e-9)
     lr_generator: float = option(0.0005, "learning rate of G at the start (ours)", low=1e-9)
-    critic: str = option("quadratic", "D: x → ℝ (ours)", ("linear", "quadratic"))
     gamma: float = option(2.0, "weight γ of R1 (ours)", low=0)
     joint_weight: float = option(0.25, "of E's error for G in JLR (BiGAN's code)", low=0)
     ridge: float = option(0.01, "weight ρ of ‖E‖² (ours)", low=0)
@@ -81,10 +80,7 @@ def build(config, x):
     G = nn.Linear(k, x.shape[1], bias=False)
     G.weight.data.mul_(0.1)
     E = nn.Linear(x.shape[1], k, bias=False)
-    if config.critic == "linear":
-        D = nn.Sequential(nn.Linear(x.shape[1], 1), nn.Flatten(0))
-    else:
-        D = Quadratic(x.shape[1], 2 * k)
+    D = Quadratic(x.shape[1], 2 * k)
     scaling = nn.Module()  # the maps see scale · (pixels − mean)
     scaling.mean = nn.Buffer(mean)
     scaling.scale = nn.Buffer(torch.tensor((k / energy) ** 0.5))
@@ -92,8 +88,7 @@ def build(config, x):
 
 
 def adam(net, lr):
-    group = {"params": list(net.parameters()), "lr": lr, "first_lr": lr}
-    return torch.optim.Adam([group], betas=(0.0, 0.99), fused=True)
+    return torch.optim.Adam(net.parameters(), lr, betas=(0.0, 0.99), fused=True)
 
 
 def optimizers(nets, config):
@@ -105,8 +100,7 @@ def set_learning_rates(opts, config, step):
     """Linearly from the first rates, at step 1, to a hundredth of them."""
     share = 1 - 0.99 * (step - 1) / config.steps
     for opt in opts.values():
-        for group in opt.param_groups:
-            group["lr"] = group["first_lr"] * share
+        opt.param_groups[0]["lr"] = opt.defaults["lr"] * share
 
 
 def L_adv_D(G, D, x, z, gamma):
