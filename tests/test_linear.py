@@ -496,16 +496,17 @@ def test_pictures_show_the_components_of_what_the_maps_reconstruct(toys, monkeyp
 
 @pytest.mark.parametrize("module", FILES)
 def test_pictures_have_a_row_for_the_data_for_pca_and_for_the_maps(module, toys, monkeypatch):
-    sheets = {}
-    monkeypatch.setattr(shared, "grid", lambda images, *how: (images, *how))
+    sheets, names = {}, ("images", "columns", "title", "rows")
+    monkeypatch.setattr(shared, "grid", lambda *how: dict(zip(names, how, strict=True)))
     nets = module.build(module.Config(k=2), toys.x_train)
     run = SimpleNamespace(nets=nets, epoch=9, is_due=lambda: False, picture=sheets.__setitem__)
     module.draw(run, toys, module.Config(k=2))
     expected = {name: (x, rows) for name, x, rows in shared.pca.pictures(toys, *module.maps(nets))}
     assert sheets.keys() == expected.keys() == {"components", "reconstructions"}
-    for name, (images, columns, title, rows) in sheets.items():
-        assert images.equal(toys.images(expected[name][0])) and rows == expected[name][1]
-        assert columns * len(rows) == len(images) and "step 9" in title
+    for name, sheet in sheets.items():
+        x, rows = expected[name]
+        assert sheet["images"].equal(toys.images(x)) and sheet["rows"] == rows
+        assert sheet["columns"] * len(rows) == len(x) and "step 9" in sheet["title"]
 
 
 def test_the_energy_of_x_is_that_of_z(toys):
