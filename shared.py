@@ -18,6 +18,7 @@ import sys
 import time
 from collections import ChainMap
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -289,6 +290,7 @@ def reduce(x, shape):
     return (x.flatten(1) + 1) / 2
 
 
+@lru_cache(1)
 def batches(x, batch_size, seed, epoch):
     """An epoch's shuffled batches of indices (steps, batch_size), the last partial one left out."""
     generator = torch.Generator(x.device).manual_seed(1_000_003 * seed + epoch)
@@ -298,12 +300,9 @@ def batches(x, batch_size, seed, epoch):
 
 def step_batches(x, config, end):
     """The same by steps: (step, indices) from the last multiple of eval_every to the step `end`."""
-    per_epoch = len(x) // config.batch_size
-    first = (end - 1) // config.eval_every * config.eval_every
-    for step in range(first, end):
-        if step == first or step % per_epoch == 0:
-            order = batches(x, config.batch_size, config.seed, step // per_epoch)
-        yield step + 1, order[step % per_epoch]
+    for step in range((end - 1) // config.eval_every * config.eval_every, end):
+        epoch, place = divmod(step, len(x) // config.batch_size)
+        yield step + 1, batches(x, config.batch_size, config.seed, epoch)[place]
 
 
 @torch.no_grad()
@@ -320,6 +319,10 @@ def write_file(path, save):
     temporary = path.with_name(f".{path.name}")
     save(temporary)
     os.replace(temporary, path)
+
+
+def write_json(path, content):
+    write_file(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 class Run:
@@ -351,13 +354,14 @@ class Run:
             try:
                 self.dir.mkdir(parents=True)
             except OSError as error:
-                advice = "choose another --run-name or --out-dir, or go on with it by --resume"
-                fail(f"cannot make {self.dir} ({error.strerror}): {advice}")
+                fail(
+                    f"cannot make {self.dir} ({error.strerror}): try another --run-name, --out-dir"
+                )
         self.rows = self.history["rows"]
         config.run_name, self.start = self.dir.name, time.time() - self.history["wall_s"]
         self.facts = self._facts(device)
         self.wandb = self._start_wandb() if config.wandb or "WANDB_SWEEP_ID" in os.environ else None
-        self._write_json("config.json", self.facts | {"config": asdict(config)})
+        write_json(self.dir / "config.json", self.facts | {"config": asdict(config)})
         self._summarize("running")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._interrupt)
@@ -383,12 +387,12 @@ class Run:
 
     def _start_wandb(self):
         names = {"project": "alae", "group": self.file.stem, "job_type": self.file.parent.name}
-        names |= {"name": self.dir.name, "id": self.history["id"], "resume": "allow"}
+        names |= {"name": self.dir.name, "tags": [self.config.dataset, self.config.split]}
+        names |= {"id": self.history["id"], "resume": "allow"}
         try:
             import wandb
 
-            tags = [self.config.dataset, self.config.split]
-            return wandb.init(**names, tags=tags, config=asdict(self.config))
+            return wandb.init(**names, config=asdict(self.config))
         except Exception as error:  # not installed, nobody logged in, no network
             if not self.config.resume:
                 self.dir.rmdir()
@@ -512,23 +516,18 @@ class Run:
 
         self._mirror(show)
 
-    def _write_json(self, name, content):
-        text = json.dumps(content, indent=1) + "\n"
-        write_file(self.dir / name, lambda temporary: temporary.write_text(text))
-
     def _summarize(self, status):
         self.history["wall_s"] = round(time.time() - self.start, 1)
         self.summary = self.facts | {f"{self.unit}s": self.epoch, "status": status}
         self.summary |= {name: self.history[name] for name in ("images_seen", "wall_s")}
         self.summary |= ChainMap(*reversed(self.rows))  # the last value of each
-        self._write_json("summary.json", self.summary)
+        write_json(self.dir / "summary.json", self.summary)
 
     def _interrupt(self, *_):
         path = self.dir / "checkpoint.pt"
         advice = f"go on with: python {sys.argv[0]} --resume {path}"
-        if not path.exists():
-            advice = "nothing was saved yet, start again"
-        self._end("interrupted", advice, 130)
+        nothing = "nothing was saved yet, start again"
+        self._end("interrupted", advice if path.exists() else nothing, 130)
 
     def _end(self, status, message="", code=0):
         """The summary's last word; with a message, the program's too."""
@@ -560,13 +559,12 @@ def code_metrics(data, train, test, kind, full=True):
 
 def image_metrics(data, x_rec=None, x_fake=None):
     """Of reconstructions of the test images (M, X), and of samples; LeNet judges MNIST alone."""
-    metrics = {}
+    metrics, by_lenet = {}, data.name == "mnist"
     if x_rec is not None:
-        error = data.x_test - x_rec.clamp(0, 1)
-        metrics["eval/recon_mse"] = error.square().mean().item()
-    if x_rec is not None and data.name == "mnist":
+        metrics["eval/recon_mse"] = (data.x_test - x_rec.clamp(0, 1)).square().mean().item()
+    if x_rec is not None and by_lenet:
         metrics["eval/identity"] = lenet.identity(data.images(x_rec), data.y_test)
-    if x_fake is not None and data.name == "mnist":
+    if x_fake is not None and by_lenet:
         x_fake = data.images(x_fake[: len(data.x_test)])  # as many; fewer in a smoke run alone
         metrics["eval/fid"] = lenet.fid(data.images(data.x_test), x_fake)
     return metrics
