@@ -4,7 +4,6 @@
     python results/figures.py gan_losses --runs runs           # of your own: runs/gan_losses.png
 
 Runs of a sweep are known by their names, which begin with the file's: ablation-no-decay-seed0.
-One study was once made by a single run, whose keys name the setting and the seed.
 """
 
 import argparse
@@ -44,11 +43,11 @@ def study(folder, experiment, sweep, combined=None):
     return settings
 
 
-def dots(axes, found, value, xlabel, colored=False):
+def dots(axes, found, metric, xlabel, colored=False):
     """A row of dots for each {label: {seed: run}}, on a logarithmic scale."""
     for i, seeds in enumerate(found.values()):
         color = f"C{i}" if colored else "C0"
-        numbers = [value(run) for run in seeds.values()]
+        numbers = [run[metric] for run in seeds.values()]
         axes.plot(numbers, [i for _ in numbers], "o", color=color, alpha=0.7)
     axes.set_yticks(range(len(found)), list(found))
     axes.set(xscale="log", xlabel=xlabel)
@@ -59,17 +58,18 @@ def dots(axes, found, value, xlabel, colored=False):
 
 def linear_ablation(folder):
     """What each ingredient of linear ALAE's recipe is for: step1_linear/sweeps/ablation.yaml."""
+    worst = {}
     found = study(folder, "linear_alae", "ablation")
-
-    def worst(item):
-        return -max(run["ratio_test"] for run in item[1].values())
-
-    found = dict(sorted(found.items(), key=worst))
+    for label, seeds in found.items():
+        worst[label] = max(run["ratio_test"] for run in seeds.values())
+        for run in seeds.values():
+            run["excess"] = max(run["ratio_test"] - 1, 1e-4)
     figure = Figure(figsize=(8, 5), layout="constrained")
     title = "Linear ALAE on MNIST (val), k = 10: one thing changed at a time"
     axes = figure.add_subplot(title=title)
     xlabel = "MSE of held-out images / PCA's − 1, at least 0.0001, for each seed"
-    dots(axes, found, lambda run: max(run["ratio_test"] - 1, 1e-4), xlabel)
+    found = {label: found[label] for label in sorted(worst, key=worst.get, reverse=True)}
+    dots(axes, found, "excess", xlabel)
     return figure
 
 
@@ -77,22 +77,21 @@ def gan_losses(folder):
     """A GAN with each loss, at the end: step2_gan/sweeps/gan_losses.yaml."""
     found = study(folder, "gan_mnist", "gan_losses", "compare")
     figure = Figure(figsize=(14, 3.4), layout="constrained")
-    panels = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.5])
-    dots(panels[0], found, lambda run: run["fid"], "LeNet-FID", colored=True)
-    dots(panels[1], found, lambda run: run["grad_norm_G"], "norm of G's gradient", colored=True)
-    xlabel = "KL of the digits to the data's"
-    dots(panels[2], found, lambda run: run["digit_kl"], xlabel, colored=True)
-    for axes in panels[:3]:
+    *panels, digits = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.5])
+    names = {"fid": "LeNet-FID", "grad_norm_G": "norm of G's gradient"}
+    names["digit_kl"] = "KL of the digits to the data's"
+    for axes, (metric, name) in zip(panels, names.items(), strict=True):
+        dots(axes, found, metric, name, colored=True)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_major_formatter("{x:g}")
-    for axes in panels[1:3]:
-        axes.set_yticklabels([])
+        if axes is not panels[0]:
+            axes.set_yticklabels([])
     for i, seeds in enumerate(found.values()):
         for seed, run in seeds.items():
             shares = [run[f"digit_{digit}"] for digit in range(10)]
-            panels[3].plot(shares, ".-" if seed == 0 else ".--", color=f"C{i}")
-    panels[3].set(xticks=range(10), xlabel="digit, by LeNet", ylabel="% of the samples")
-    panels[3].grid(alpha=0.3)
+            digits.plot(shares, ".-" if seed == 0 else ".--", color=f"C{i}")
+    digits.set(xticks=range(10), xlabel="digit, by LeNet", ylabel="% of the samples")
+    digits.grid(alpha=0.3)
     title = "A GAN with different losses: MNIST (dw), 5 epochs, learning rate 0.001, two seeds"
     figure.suptitle(title)
     return figure
@@ -103,10 +102,10 @@ def clean(folder):
     lines = paper_table.along(paper_table.gather(folder))
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     panels = figure.subplots(1, 3)
-    for axes, metric in zip(panels, ("recon_mse", "identity", "fid"), strict=True):
+    for axes, metric in zip(panels, paper_table.IMAGES, strict=True):
         for label, points in lines.items():
-            epochs = [epoch for epoch, row in points.items() if epoch and metric in row]
-            values = [points[epoch][metric] for epoch in epochs]
+            epochs = [epoch for epoch, row in points.items() if epoch and f"eval/{metric}" in row]
+            values = [points[epoch][f"eval/{metric}"] for epoch in epochs]
             axes.plot(epochs, values, "o-", markersize=4, label=label)
         axes.set(xscale="log", yscale="linear" if metric == "identity" else "log")
         axes.set(xlabel="epoch", ylabel=table.NAMES[metric])
@@ -137,7 +136,7 @@ def official_resampling(_):
     return figure
 
 
-FIGURES = {
+FIGURES = {  # and the folder of the kept one
     "official_resampling": (official_resampling, "assets"),
     "linear_ablation": (linear_ablation, "assets"),
     "gan_losses": (gan_losses, "assets"),

@@ -19,9 +19,10 @@ import shared
 
 import autoencoder_mnist
 import train_fc_alae
+from paper_table import markdown
 
 EXPERIMENTS = {"autoencoder_mnist": autoencoder_mnist, "train_fc_alae": train_fc_alae}
-FACTORS = 0.01, 0.1, 1, 10, 100  # of the protocol's C = 0.02
+CS = 0.0002, 0.002, 0.02, 0.2, 2.0  # the protocol's is 0.02
 
 
 def long_features(nets, data, config):
@@ -36,17 +37,15 @@ def table(config, data, nets):
     """% right on the test images of config.split, a row for each scaling of the features."""
     train, test = long_features(nets, data, config)
     mean, std = train.mean(0), train.std(0) + 1e-6
-    standardised = (train - mean) / std, (test - mean) / std
-    lines = [f"| long features, {config.dataset} {config.split} | mean square |"]
-    lines[0] += "".join(f" C = {0.02 * factor:g} |" for factor in FACTORS)
-    lines.append("|---" * (2 + len(FACTORS)) + "|")
-    for name, (a, b) in (("as they are", (train, test)), ("standardised", standardised)):
-        line = f"| {name} | {a.square().mean().item():.3g} |"
-        for factor in FACTORS:
-            right = shared.svm_accuracy(a, data.y_train, b, data.y_test, C=0.02 * factor)
-            line += f" {right:.2f} |"
-        lines.append(line)
-    return "\n".join(lines)
+    scaled = {"as they are": (train, test)}
+    scaled["standardised"] = (train - mean) / std, (test - mean) / std
+    lines = [[f"long features, {config.dataset} {config.split}", "mean square"]]
+    lines[0] += [f"C = {C:g}" for C in CS]
+    for name, (a, b) in scaled.items():
+        right = [shared.svm_accuracy(a, data.y_train, b, data.y_test, C=C) for C in CS]
+        square = f"{a.square().mean().item():.3g}"
+        lines.append([name, square, *(f"{percent:.2f}" for percent in right)])
+    return markdown(lines)
 
 
 def main(experiment, path):
@@ -58,11 +57,8 @@ def main(experiment, path):
     checkpoint = shared.load_checkpoint(path, module.Config)
     for name, net in nets.items():
         net.load_state_dict(checkpoint[name])
-    command = f"python {Path(module.__file__).parent.name}/{experiment}.py"
-    if experiment == "train_fc_alae":
-        command += f" --preset {config.preset}"
-    command += f" --split {config.split} --seed {config.seed} --epochs {checkpoint['epoch']}"
-    print(f"Of `{command}`, {shared.hardware(device)}:\n\n{table(config, data, nets)}\n")
+    command = checkpoint["history"]["commands"][0]
+    print(f"Of `{command}`, {shared.hardware(device)}:\n\n{table(config, data, nets)}")
 
 
 if __name__ == "__main__":

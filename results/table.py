@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "step3_official_alae"))
 from shared import ROOT, fail
 
-from paper_table import finished, markdown, mean_std
+from paper_table import markdown, mean_std, summaries
 
 NAMES = {  # of metrics, in the order of columns
     "recon_mse": "test MSE",
@@ -62,33 +62,21 @@ NONLINEAR = "autoencoder_mnist", "latent_regressor_mnist", "bigan_mnist", "alae_
 KINDS = dict.fromkeys(LINEAR, "Linear autoencoders")  # several experiments in one table
 WIDTHS = "Autoencoders, E 784-1024-1024-50 and G 50-1024-1024-784"
 KINDS |= dict.fromkeys((*NONLINEAR, "train_fc_alae"), WIDTHS)
-LEFT_OUT = (
-    r"train|perf|.*/(L_.*|digit_\d|val_mse_.*|ms_per_step|explained|angle_mean.*)$"  # details
-)
-
-
-def summaries(folder):
-    """Those of the finished runs below a folder, or of the collected ones in one like results/."""
-    found = finished(folder)
-    for summary in found:
-        evaluated = re.search(r"--eval[= ](\S+)", summary["commands"][-1])
-        if evaluated:  # no training of its own
-            summary["setting"] += f", --eval {Path(evaluated[1]).name}"
-    return found
+DETAILS = r"train|perf|.*/(L_|digit_\d|val_mse_|ms_per_step|explained|angle_mean)"  # left out
 
 
 def collect(run):
     """Copies a finished run's summary and metrics.csv to results/<experiment>/<run>.*."""
-    if not (run / "summary.json").exists() or not finished(run):
+    path = run / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    if summary.get("status") != "done":
         fail(f"{run} is not the folder of a finished run")
-    summary = json.loads((run / "summary.json").read_text())
     target = ROOT / "results" / summary["experiment"] / f"{summary['run']}.json"
     if target.exists() and json.loads(target.read_text())["commands"][0] != summary["commands"][0]:
         fail(f"{target} is of another run of that name: delete it first, if it should go")
     target.parent.mkdir(parents=True, exist_ok=True)
-    for name in ("summary.json", "metrics.csv"):
-        if (run / name).exists():
-            shutil.copyfile(run / name, target.with_suffix(Path(name).suffix))
+    shutil.copyfile(path, target)
+    shutil.copyfile(run / "metrics.csv", target.with_suffix(".csv"))
     print(target)
 
 
@@ -117,37 +105,42 @@ def cell(metric, values):
     return mean_std(values, digits)
 
 
-def lines_of(runs, several, chosen=()):
-    """[(row's head, {metric: cell})] of runs of one setting: eval, and what else they measured."""
-    values = {"eval": {}}
+def lines_of(runs, label, metrics):
+    """[(the row's head, {metric: cell})] of runs of one setting: eval, and what else they measured;
+    or of chosen metrics, which eval has, or of a loss by its whole name."""
+    sections = {"eval": {}}
     for run in runs:
         for key in run:
-            row, _, metric = key.rpartition("/")
-            if key in chosen:  # a loss, by its whole name
-                values["eval"].setdefault(key, []).append(run[key])
-            elif row and not re.match(LEFT_OUT, key):
-                values.setdefault(row, {}).setdefault(metric, []).append(run[key])
-    s, lines = runs[0], []
-    label = f"{s['experiment'] if several else ''}, {s['setting']}".strip(", ") or "default"
+            section, _, metric = key.rpartition("/")
+            if metrics:
+                metric = metric if section == "eval" else key
+                section = "eval" if metric in metrics else ""
+            elif re.match(DETAILS, key):
+                section = ""
+            if section:
+                sections.setdefault(section, {}).setdefault(metric, []).append(run[key])
     names = {"eval": label, "pixels": "raw pixels"}
-    names["untrained"] = f"untrained encoder of {s['experiment']}"
-    for row, metrics in values.items():
-        cells = {metric: cell(metric, numbers) for metric, numbers in metrics.items()}
-        if metrics and not any(cells.items() <= other.items() for _, other in lines):  # new
-            duration = "0 epochs" if row in ("pixels", "untrained") else length(s)
-            n = max(len(numbers) for numbers in metrics.values())
-            head = [names.get(row, row), duration, f"{s['dataset']} {s['split']}", str(n)]
-            lines.append((head, cells))
+    names["untrained"] = f"untrained encoder of {runs[0]['experiment']}"
+    lines = []
+    for section, numbers in sections.items():
+        cells = {metric: cell(metric, values) for metric, values in numbers.items()}
+        if cells and not any(cells.items() <= other.items() for _, other in lines):  # new
+            duration = "0 epochs" if section in ("pixels", "untrained") else length(runs[0])
+            data = f"{runs[0]['dataset']} {runs[0]['split']}"
+            n = max(len(values) for values in numbers.values())
+            lines.append(([names.get(section, section), duration, data, str(n)], cells))
     return lines
 
 
-def table(found, metrics=None):
+def table(found, metrics=()):
     """Markdown: a line for each setting, and for what else its runs measured; or chosen metrics."""
     several = len({s["experiment"] for s in found}) > 1
     rows, measured = [], {}
     for runs in group(found):
-        for line in lines_of(runs, several, metrics or ())[: 1 if metrics else None]:
-            if line not in rows and (not metrics or line[1].keys() & set(metrics)):
+        names = [runs[0]["experiment"] if several else "", runs[0]["setting"]]
+        label = ", ".join(name for name in names if name) or "default"
+        for line in lines_of(runs, label, metrics):
+            if line not in rows:
                 rows.append(line)
                 measured |= line[1]
     columns = [name for name in metrics or NAMES | measured if name in measured]

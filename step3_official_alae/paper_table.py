@@ -2,7 +2,7 @@
 
 1-NN (L2) and a linear SVM on short features, E(x) (50-d), and long ones, the activations before E's
 last layer (1024-d). SW, same writers: a sixth of the training images is held out; DW, different
-writers: the official test images (§6.1). What is trained is trained by sweeps:
+writers: the official test images (§6.1).
 
     python results/sweep.py step3_official_alae/sweeps/table1_*.yaml --workers 2
     python step3_official_alae/paper_table.py runs        # the tables of the runs below a folder
@@ -20,6 +20,7 @@ Deviations from the paper:
 import argparse
 import csv
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -41,7 +42,6 @@ METHODS = {  # (experiment, setting, what was measured): (the paper's row, ours)
     ("train_fc_alae", "", "untrained"): ("", "untrained encoder of ALAE"),
 }
 COLUMNS = ("knn", "sw"), ("svm", "sw"), ("knn", "dw"), ("svm", "dw")
-CLASSIFIERS = {"knn": "1-NN", "svm": "SVM"}
 PAPER = {  # short and long features, of each of the COLUMNS
     "AE(l1)": ((97.15, 88.71, 96.84, 89.78), (97.43, 97.27, 96.80, 97.72)),
     "AE(l2)": ((97.52, 88.78, 97.05, 89.78), (97.37, 97.23, 96.77, 97.72)),
@@ -55,34 +55,31 @@ DRAWN = "AE(l2)", "BiGAN", "ALAE"  # in clean.md
 EPOCHS = 5, 10, 20, 25, 40, 50, 60, 80, 100, 200, 400, 600
 
 
-def finished(folder):
-    """Summaries of the finished runs below a folder, or of those kept in one like results/, each
-    with the path of its metrics along the training."""
+def summaries(folder):
+    """Those of the finished runs below a folder, or of the kept ones in one like results/, with the
+    path of their metrics along the training."""
     found = []
     for path in sorted(folder.rglob("summary.json")) or sorted(folder.rglob("*.json")):
         summary = json.loads(path.read_text())
         name = "metrics.csv" if path.name == "summary.json" else f"{path.stem}.csv"
         if summary.get("status") == "done":
+            evaluated = re.search(r"--eval[= ](\S+)", summary["commands"][-1])
+            if evaluated:  # no training of its own
+                summary["setting"] += f", --eval {Path(evaluated[1]).name}"
             found.append(summary | {"rows": path.with_name(name)})
     return found
 
 
 def gather(folder):
-    """{(experiment, setting, section): {epochs: {split: {seed: metrics}}}} of the runs on MNIST."""
-    found = [run for run in finished(folder) if run["dataset"] == "mnist" and "epochs" in run]
-    found.sort(key=lambda run: run["epochs"])
-    # last, so as not to count twice, what was only evaluated once more
-    found.sort(key=lambda run: "--eval " in run["commands"][-1])
-    groups = {key: {} for key in METHODS}
-    for run in found:
+    """{method: {epochs: {split: {seed: summary}}}} of the runs on MNIST."""
+    groups = {method: {} for method in METHODS}
+    found = [run for run in summaries(folder) if run["dataset"] == "mnist" and "epochs" in run]
+    for run in sorted(found, key=lambda run: run["epochs"]):
         for section in ("eval", "pixels", "untrained"):
-            keys = [key for key in run if key.startswith(f"{section}/")]
-            metrics = {key.removeprefix(f"{section}/"): run[key] for key in keys}
-            if metrics:
-                lengths = groups.setdefault((run["experiment"], run["setting"], section), {})
+            lengths = groups.get((run["experiment"], run["setting"], section))
+            if lengths is not None and f"{section}/knn_acc_short" in run:
                 splits = lengths.setdefault(run["epochs"] if section == "eval" else 0, {})
-                metrics["rows"] = run["rows"]
-                splits.setdefault(run["split"], {}).setdefault(run["seed"], metrics)
+                splits.setdefault(run["split"], {}).setdefault(run["seed"], run)
     return groups
 
 
@@ -95,8 +92,8 @@ def mean_std(values, digits):
 
 
 def cell(runs, metric, digits=2):
-    """mean ± std over seeds; – if none has the metric."""
-    values = [metrics[metric] for metrics in runs.values() if metric in metrics]
+    """mean ± std over runs; – if none has the metric."""
+    values = [run[metric] for run in runs if metric in run]
     return mean_std(values, f".{digits}f") if values else "–"
 
 
@@ -108,17 +105,19 @@ def markdown(lines):
 
 def table(groups, length):
     """Ours below the paper's, in the paper's order; length: of features, short or long."""
-    lines = [["", "epochs", "seeds"]]
-    lines[0] += [f"{CLASSIFIERS[kind]} {split.upper()}" for kind, split in COLUMNS]
-    for key, (paper, label) in METHODS.items():
+    lines = [["", "epochs", "seeds", "1-NN SW", "SVM SW", "1-NN DW", "SVM DW"]]
+    for method, (paper, label) in METHODS.items():
         if paper:
             numbers = PAPER[paper][("short", "long").index(length)]
             line = [f"**{paper}**, paper", "", "5", *(f"{number:.2f}" for number in numbers)]
             if line not in lines:
                 lines.append(line)
-        for epochs, splits in groups[key].items():
+        for epochs, splits in groups[method].items():
             seeds = [str(len(splits[split])) for split in ("sw", "dw") if split in splits]
-            cells = [cell(splits.get(split, {}), f"{kind}_acc_{length}") for kind, split in COLUMNS]
+            cells = []
+            for kind, split in COLUMNS:
+                runs = splits.get(split, {}).values()
+                cells.append(cell(runs, f"{method[2]}/{kind}_acc_{length}"))
             if set(cells) != {"–"}:
                 lines.append([label, str(epochs), ", ".join(seeds), *cells])
     return markdown(lines)
@@ -135,18 +134,18 @@ def front_table(groups):
     """front.md: means over the longest runs of each method, on DW; bold: the paper's or more."""
     head = ["DW", "epochs", "seeds", "1-NN short, paper", "ours", "SVM short, paper", "ours"]
     lines = [[*head, *(name for name, _ in IMAGES.values())]]
-    for key, (paper, label) in METHODS.items():
-        lengths = [epochs for epochs, splits in groups[key].items() if "dw" in splits]
+    for method, (paper, label) in METHODS.items():
+        lengths = [epochs for epochs, splits in groups[method].items() if "dw" in splits]
         if lengths:
-            runs = groups[key][lengths[-1]]["dw"]
+            runs = groups[method][lengths[-1]]["dw"].values()
             line = [label, str(lengths[-1]), str(len(runs))]
             for place, kind in ((2, "knn"), (3, "svm")):
                 published = f"{PAPER[paper][0][place]:.2f}" if paper else "–"
-                ours = cell(runs, f"{kind}_acc_short").split(" ± ")[0]
+                ours = cell(runs, f"{method[2]}/{kind}_acc_short").split(" ± ")[0]
                 reached = paper and float(ours) >= float(published)
                 line += [published, f"**{ours}**" if reached else ours]
             for metric, (_, digits) in IMAGES.items():
-                line.append(cell(runs, metric, digits).split(" ± ")[0])
+                line.append(cell(runs, f"{method[2]}/{metric}", digits).split(" ± ")[0])
             lines.append(line)
     return markdown(lines)
 
@@ -155,15 +154,15 @@ def along(groups):
     """{label: {epoch: metrics}} on DW, first seed: along the longest run that kept its metrics, and
     at the ends of longer ones."""
     lines = {}
-    for key, (paper, label) in METHODS.items():
+    for method, (paper, label) in METHODS.items():
         points = {}
-        for epochs, splits in groups[key].items():
+        for epochs, splits in groups[method].items():
             if "dw" in splits and paper in DRAWN:
-                metrics = splits["dw"][min(splits["dw"])]
-                rows = read_rows(metrics["rows"])
-                if any("fid" in row for row in rows.values()):
+                run = splits["dw"][min(splits["dw"])]
+                rows = read_rows(run["rows"])
+                if any("eval/fid" in row for row in rows.values()):
                     points = {}  # no shorter runs: their learning rate may fall sooner
-                points = rows | points | {epochs: metrics}
+                points = rows | points | {epochs: run}
         if points:
             lines[label] = dict(sorted(points.items()))
     return lines
@@ -173,8 +172,7 @@ def read_rows(path):
     """{epoch: {metric: value}} of a metrics.csv, or nothing."""
     rows = {}
     for row in csv.DictReader(path.read_text().splitlines() if path.exists() else []):
-        kept = [metric for metric in IMAGES if row.get(f"eval/{metric}")]
-        rows[int(row["epoch"])] = {metric: float(row[f"eval/{metric}"]) for metric in kept}
+        rows[int(row["epoch"])] = {name: float(value) for name, value in row.items() if value}
     return rows
 
 
@@ -185,7 +183,7 @@ def clean(groups):
     table = [["", "after epochs", *map(str, epochs)]]
     for label, points in lines.items():
         for metric, (name, digits) in IMAGES.items():
-            cells = [cell({0: points.get(epoch, {})}, metric, digits) for epoch in epochs]
+            cells = [cell([points.get(epoch, {})], f"eval/{metric}", digits) for epoch in epochs]
             table.append([label, name, *cells])
     return markdown(table)
 
