@@ -363,7 +363,7 @@ def test_along_the_training_of_the_longest_run_and_at_the_ends_of_longer_ones(tm
     rows = "epoch,eval/recon_mse,eval/fid\n5,0.05,50\n10,0.04,40\n"
     (tmp_path / runs[1]["run"] / "metrics.csv").write_text(rows)
     line = paper_table.along(paper_table.gather(tmp_path))["ALAE, official setting"]
-    assert [(epoch, row["fid"]) for epoch, row in line.items()] == [
+    assert [(epoch, row["eval/fid"]) for epoch, row in line.items()] == [
         (5, 50),
         (10, 10.0),
         (20, 10.0),
