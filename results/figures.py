@@ -136,11 +136,11 @@ def official_resampling(_):
     return figure
 
 
-FIGURES = {  # and the folder of the kept one
-    "official_resampling": (official_resampling, "assets"),
-    "linear_ablation": (linear_ablation, "assets"),
-    "gan_losses": (gan_losses, "assets"),
-    "clean": (clean, "results/paper_table"),
+FIGURES = {
+    "official_resampling": official_resampling,
+    "linear_ablation": linear_ablation,
+    "gan_losses": gan_losses,
+    "clean": clean,
 }
 
 
@@ -152,8 +152,7 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=Path, help="a folder of runs (default: results)")
     options = parser.parse_args()
     for name in options.names:
-        make, home = FIGURES[name]
-        path = (options.runs or ROOT / home) / f"{name}.png"
-        figure = make(options.runs or ROOT / "results")
+        figure = FIGURES[name](options.runs or ROOT / "results")
+        path = (options.runs or ROOT / "assets") / f"{name}.png"
         figure.savefig(path, dpi=130, bbox_inches="tight")
         print(path)

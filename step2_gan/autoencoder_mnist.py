@@ -102,11 +102,6 @@ def train_step(nets, optimizer, x, config):
     return losses
 
 
-def encode(nets, x, config):
-    """x (B, X) → z (B, Z), of a VAE the mean."""
-    return nets["E"](x)[:, : config.latent_dim]
-
-
 def decode(nets, z, config):
     """z (B, Z) → x (B, X); for bce and vae in [0, 1]."""
     out = nets["G"](z)
@@ -151,7 +146,7 @@ def draw(run, data, config):
 
     samples = images(prior(100, run.nets, data, config))
     run.picture("samples", shared.grid(samples, 10, f"{title}: samples"))
-    codes = encode(run.nets, x, config)  # (50, Z)
+    codes = run.nets["E"](x)[:, : config.latent_dim]  # (50, Z); of a VAE the means
     pairs = shared.pairs(data.images(x), images(codes), f"{title}: test images x and G(E(x))")
     run.picture("reconstructions", pairs)
     t = torch.linspace(0, 1, 10, device=x.device)[:, None]

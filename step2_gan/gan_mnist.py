@@ -162,12 +162,10 @@ def train_step(nets, opt_D, opt_G, x, config):
 @torch.no_grad()
 def update_ema(averaged, G, decay):
     """Averages the parameters of G and its batch statistics."""
-    torch._foreach_lerp_(list(averaged.parameters()), list(G.parameters()), 1 - decay)
-    torch._foreach_lerp_(batch_statistics(averaged), batch_statistics(G), 1 - decay)
-
-
-def batch_statistics(net):
-    return [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+    averages = averaged.state_dict()
+    for name, tensor in G.state_dict().items():
+        if tensor.is_floating_point():
+            averages[name].lerp_(tensor, 1 - decay)
 
 
 def prior(n, config, device):

@@ -104,14 +104,6 @@ class LREQAdam(torch.optim.Optimizer):
             p.addcdiv_(p.grad, v.sqrt().add_(group["eps"]), value=-size * p.c)
 
 
-def make_optimizer(way, params, lr, eps):
-    if way == "lreq":
-        return LREQAdam(params, lr, eps)
-    if way == "groups":
-        params = [{"params": [p], "lr": lr * p.c} for p in params]
-    return torch.optim.Adam(params, lr, (0.0, BETA2), eps, fused=True)
-
-
 def start(config, X, device, ways=tuple(WAYS), eps=1e-8, dtype=torch.float32):
     """{way: networks}, {"way ED" or "way FG": optimizer}; from one seed, so all with the same w."""
     nets, opts = nn.ModuleDict(), {}
@@ -120,8 +112,11 @@ def start(config, X, device, ways=tuple(WAYS), eps=1e-8, dtype=torch.float32):
         nets[way] = build(config, X, runtime=way == "runtime").to(device, dtype)
         lr = config.lr_plain if way == "plain" else config.lr
         for pair in ("ED", "FG"):
-            params = nn.ModuleList(nets[way][name] for name in pair).parameters()
-            opts[f"{way} {pair}"] = make_optimizer(way, params, lr, eps)
+            params = list(nn.ModuleList(nets[way][name] for name in pair).parameters())
+            if way == "groups":
+                params = [{"params": [p], "lr": lr * p.c} for p in params]
+            adam = torch.optim.Adam(params, lr, (0.0, BETA2), eps, fused=True)
+            opts[f"{way} {pair}"] = LREQAdam(params, lr, eps) if way == "lreq" else adam
     return nets, opts
 
 

@@ -409,8 +409,8 @@ def test_the_ablation_is_drawn_from_the_worst_to_the_best():
 
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_every_figure_is_drawn_from_what_is_kept(name):
-    make, home = figures.FIGURES[name]
-    assert (ROOT / home / f"{name}.png").exists()
+    make = figures.FIGURES[name]
+    assert (ROOT / "assets" / f"{name}.png").exists()
     assert make(ROOT / "results").axes
 
 
