@@ -1,7 +1,8 @@
-"""What every experiment shares and no paper owns: options, data, a run's folder, metrics, pictures.
+"""What every experiment shares and no paper owns: options, data, a run's folder, pictures.
 
 Networks, losses, optimizers, schedules and the order of updates stay in the experiments. Their main
-functions end in the same loop; a line that only some have is marked `# its own`.
+functions end in the same loop; a line that only some have is marked `# its own`. What measures
+images and features is in assets/: lenet.py, classifiers.py, and pca.py for linear maps.
 """
 
 import argparse
@@ -27,8 +28,7 @@ from typing import NamedTuple
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "2000"
 
-from assets import lenet, pca  # noqa: F401 (pca is for step 1)
-from assets.classifiers import knn_accuracy, mlp_accuracy, percent_right, svm_accuracy
+from assets import classifiers, lenet, pca  # noqa: F401 (pca is for step 1)
 
 import numpy as np
 import torch
@@ -45,6 +45,9 @@ OF_THE_MACHINE = {"device", "data_dir", "out_dir", "run_name", "wandb", "resume"
 BESIDE_RESUME = {"resume", "epochs", "device", "data_dir", "wandb"}
 BESIDE_EVAL = OF_THE_MACHINE | {"dataset", "split", "smoke", "eval_weights"}
 NO_SETTING = OF_THE_MACHINE | {"epochs", "eval_every", "seed", "dataset", "split"}
+
+code_metrics = classifiers.code_metrics
+image_metrics = lenet.image_metrics
 
 
 def fail(message, code=2):
@@ -392,6 +395,7 @@ class Run:
         try:
             import wandb
 
+            self.image = wandb.Image
             return wandb.init(**names, config=asdict(self.config))
         except Exception as error:  # not installed, nobody logged in, no network
             if not self.config.resume:
@@ -509,12 +513,7 @@ class Run:
         """A matplotlib figure as <name>.png."""
         path = self.dir / f"{name}.png"
         write_file(path, lambda temporary: figure.savefig(temporary, dpi=150, bbox_inches="tight"))
-
-        def show(run):
-            image = sys.modules["wandb"].Image(str(path))
-            run.log({f"media/{name}": image}, step=self.epoch)
-
-        self._mirror(show)
+        self._mirror(lambda run: run.log({f"media/{name}": self.image(str(path))}, step=self.epoch))
 
     def _summarize(self, status):
         self.history["wall_s"] = round(time.time() - self.start, 1)
@@ -542,32 +541,6 @@ class Run:
 
 
 # Metrics
-
-
-def code_metrics(data, train, test, kind, full=True):
-    """Classifiers on 'short' or 'long' features of all images; not full: 1-NN, which is cheap."""
-    if data.y_train is None:
-        return {}
-    features = train, data.y_train, test, data.y_test
-    metrics = {f"eval/knn_acc_{kind}": knn_accuracy(*features)}
-    if full:
-        metrics[f"eval/svm_acc_{kind}"] = svm_accuracy(*features)
-    if full and kind == "short":
-        metrics["eval/mlp_acc_short"] = mlp_accuracy(*features)
-    return metrics
-
-
-def image_metrics(data, x_rec=None, x_fake=None):
-    """Of reconstructions of the test images (M, X), and of samples; LeNet judges MNIST alone."""
-    metrics, by_lenet = {}, data.name == "mnist"
-    if x_rec is not None:
-        metrics["eval/recon_mse"] = (data.x_test - x_rec.clamp(0, 1)).square().mean().item()
-    if x_rec is not None and by_lenet:
-        metrics["eval/identity"] = lenet.identity(data.images(x_rec), data.y_test)
-    if x_fake is not None and by_lenet:
-        x_fake = data.images(x_fake[: len(data.x_test)])  # as many; fewer in a smoke run alone
-        metrics["eval/fid"] = lenet.fid(data.images(data.x_test), x_fake)
-    return metrics
 
 
 def sliced_wasserstein(a, b):

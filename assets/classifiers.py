@@ -65,3 +65,16 @@ def mlp_accuracy(train, y_train, test, y_test):
             optimizer.step()
     with torch.no_grad():
         return percent_right(net(test).argmax(1), y_test)
+
+
+def code_metrics(data, train, test, kind, full=True):
+    """Classifiers on 'short' or 'long' features of all images; not full: 1-NN, which is cheap."""
+    if data.y_train is None:
+        return {}
+    features = train, data.y_train, test, data.y_test
+    metrics = {f"eval/knn_acc_{kind}": knn_accuracy(*features)}
+    if full:
+        metrics[f"eval/svm_acc_{kind}"] = svm_accuracy(*features)
+    if full and kind == "short":
+        metrics["eval/mlp_acc_short"] = mlp_accuracy(*features)
+    return metrics

@@ -60,6 +60,19 @@ def fid(real, fake):
     return float(np.square(f.mean(0) - g.mean(0)).sum() + trace)
 
 
+def image_metrics(data, x_rec=None, x_fake=None):
+    """Of reconstructions of the test images (M, X), and of samples; LeNet judges MNIST alone."""
+    metrics, by_lenet = {}, data.name == "mnist"
+    if x_rec is not None:
+        metrics["eval/recon_mse"] = (data.x_test - x_rec.clamp(0, 1)).square().mean().item()
+    if x_rec is not None and by_lenet:
+        metrics["eval/identity"] = identity(data.images(x_rec), data.y_test)
+    if x_fake is not None and by_lenet:
+        x_fake = data.images(x_fake[: len(data.x_test)])  # as many; fewer in a smoke run alone
+        metrics["eval/fid"] = fid(data.images(data.x_test), x_fake)
+    return metrics
+
+
 def moved(images, generator):
     """Each image (B, 1, 28, 28) moved by up to 2 pixels in both directions."""
     shift = torch.eye(2, 3).repeat(len(images), 1, 1)

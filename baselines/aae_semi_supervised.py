@@ -238,7 +238,7 @@ def evaluate(nets, data, config, full=False):
         y_train, y_test = train[:, : -config.latent_dim], test[:, : -config.latent_dim]
         entries = y_test.argmax(1)
         predicted = class_of_each(y_train, data, config)[entries]
-        metrics["eval/error"] = 100 - shared.percent_right(predicted, data.y_test)
+        metrics["eval/error"] = 100 - shared.classifiers.percent_right(predicted, data.y_test)
         if config.cluster:
             metrics["eval/empty_clusters"] = config.cluster - len(entries.unique())
     nets.train()

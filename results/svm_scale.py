@@ -42,7 +42,7 @@ def table(config, data, nets):
     lines = [[f"long features, {config.dataset} {config.split}", "mean square"]]
     lines[0] += [f"C = {C:g}" for C in CS]
     for name, (a, b) in scaled.items():
-        right = [shared.svm_accuracy(a, data.y_train, b, data.y_test, C=C) for C in CS]
+        right = [shared.classifiers.svm_accuracy(a, data.y_train, b, data.y_test, C=C) for C in CS]
         square = f"{a.square().mean().item():.3g}"
         lines.append([name, square, *(f"{percent:.2f}" for percent in right)])
     return markdown(lines)

@@ -107,8 +107,8 @@ def shrink(patch):
     patch.setattr(shared, "load_archives", first_images)
     patch.setattr(shared, "chunked", first_rows)
     patch.setattr(shared.Figure, "savefig", small_picture)
-    patch.setattr(shared, "svm_accuracy", lambda *_: 50.0)
-    patch.setattr(shared, "mlp_accuracy", lambda *_: 50.0)
+    patch.setattr(shared.classifiers, "svm_accuracy", lambda *_: 50.0)
+    patch.setattr(shared.classifiers, "mlp_accuracy", lambda *_: 50.0)
 
 
 @pytest.fixture

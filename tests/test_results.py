@@ -433,7 +433,7 @@ def test_the_svm_sees_features_as_they_are_and_standardised_by_the_training_imag
         given.append((features, C))
         return 50.0
 
-    monkeypatch.setattr(svm_scale.shared, "svm_accuracy", svm_accuracy)
+    monkeypatch.setattr(svm_scale.shared.classifiers, "svm_accuracy", svm_accuracy)
     text = svm_scale.table(config, data, nets)
     assert [C for _, C in given] == pytest.approx([0.0002, 0.002, 0.02, 0.2, 2.0] * 2)
     (train, y_train, test, y_test), (standard, _, other, _) = given[0][0], given[5][0]

@@ -8,6 +8,7 @@ import sys
 from unittest.mock import MagicMock
 
 import shared
+from assets import classifiers
 
 import numpy as np
 import pytest
@@ -59,7 +60,8 @@ def test_svm_is_the_optimum_of_liblinears_primal():
     expected = 100 * (np.argmax(scores, 0) == y_test.numpy()).mean()
     assert 50 < expected < 99
     one_image = 100 / 2000
-    assert shared.svm_accuracy(x, y, x_test, y_test) == pytest.approx(expected, abs=one_image)
+    found = classifiers.svm_accuracy(x, y, x_test, y_test)
+    assert found == pytest.approx(expected, abs=one_image)
 
 
 def test_knn_against_all_distances():
@@ -67,7 +69,7 @@ def test_knn_against_all_distances():
     x, x_test = x + 100, x_test + 100  # far from the origin, where ‖a‖² − 2ab would lose digits
     nearest = torch.cdist(x_test.double(), x.double()).argmin(1)
     expected = 100 * (y[nearest] == y_test).double().mean().item()
-    assert shared.knn_accuracy(x, y, x_test, y_test) == pytest.approx(expected, abs=1e-4)
+    assert classifiers.knn_accuracy(x, y, x_test, y_test) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["knn", "svm", "mlp"])
@@ -75,7 +77,7 @@ def test_classifiers_are_fitted_on_training_features_and_scored_on_test_features
     """The test features' labels are shifted by one class: fitted on them, all would be right."""
     x, y = blobs(300, 0)
     x = 4 * x + 20 * torch.nn.functional.one_hot(y, 20)  # easily told apart
-    accuracy = getattr(shared, f"{kind}_accuracy")
+    accuracy = getattr(classifiers, f"{kind}_accuracy")
     assert accuracy(x, y, x, y) > 99
     assert accuracy(x, y, x, (y + 1) % 3) < 1
 
@@ -83,14 +85,14 @@ def test_classifiers_are_fitted_on_training_features_and_scored_on_test_features
 def test_mlp_leaves_the_random_state_alone_and_is_the_same_each_time():
     state = torch.get_rng_state()
     features = *blobs(300, 0), *blobs(400, 1)
-    assert shared.mlp_accuracy(*features) == shared.mlp_accuracy(*features) > 60
+    assert classifiers.mlp_accuracy(*features) == classifiers.mlp_accuracy(*features) > 60
     assert torch.get_rng_state().equal(state)
 
 
 def test_code_metrics_hands_each_split_to_each_classifier(monkeypatch):
     calls = []
     for kind in ("knn", "svm", "mlp"):
-        monkeypatch.setattr(shared, f"{kind}_accuracy", lambda *args: calls.append(args))
+        monkeypatch.setattr(classifiers, f"{kind}_accuracy", lambda *args: calls.append(args))
     data = toy_data(30, 20)
     train_features, test_features = torch.rand(30, 5), torch.rand(20, 5)
     metrics = shared.code_metrics(data, train_features, test_features, "short")
@@ -317,9 +319,8 @@ def test_training_survives_a_failing_wandb(capsys):
 def test_a_run_survives_a_picture_that_wandb_does_not_take(tmp_path, monkeypatch, capsys):
     broken = MagicMock()
     broken.Image.side_effect = OSError("no space left")
-    monkeypatch.setitem(sys.modules, "wandb", broken)
     run = object.__new__(shared.Run)
-    run.dir, run.epoch, run.wandb = tmp_path, 1, broken
+    run.dir, run.epoch, run.wandb, run.image = tmp_path, 1, broken, broken.Image
     run.picture("samples", shared.grid(torch.rand(2, 1, 4, 4), 2, "samples"))
     assert (tmp_path / "samples.png").exists() and run.wandb is None
     assert "training goes on" in capsys.readouterr().err
