@@ -1,7 +1,7 @@
 """Adversarial autoencoder (AAE), arXiv 1511.05644, as a student project of Freiburg has it.
 
-Encoder Q: x → z, decoder P: z → x̂, discriminator D, which tells z ~ p(z), N(0, I) cut at 2, from
-z = Q(x). For each batch three phases, one after the other (paper §2):
+Encoder Q: x → z, decoder P: z → x̂; discriminator D tells z ~ p(z), N(0, I) cut at 2, from Q(x).
+Three phases for each batch (paper §2):
 
     1. reconstruction  Q, P  minimise  L_rec = ‖x − P(Q(x))‖²
     2. discriminator   D     minimises L_D   = −log D(z) − log(1 − D(Q(x))),  z ~ p(z)
@@ -24,7 +24,7 @@ Presets january (commit 87b475a) and head (2c29b54) are states of that code. Dev
  3. mixed and ours are no state of it: head's nets, losses and balance, january's phases and Adam.
     ours has rates and bn_momentum from trials on val that are not kept.
  4. faces: january's nets and rates, but images in [0, 1] and a sigmoid, not [−1, 1] and tanh.
- 5. Animations: of one class, not of each; 16 or 64 shades; dimensions.gif has 5 × 5 images, not 5⁴.
+ 5. Animations: of one class, not of each; few shades; dimensions.gif has 5 × 5 images, not 5⁴.
  6. Paper: SGD with momentum, D with 1000 units, a label for D alone.
 """
 
@@ -39,11 +39,11 @@ import shared
 from shared import option
 
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
 from torch import nn
-from torch.nn.functional import avg_pool2d, one_hot, pad, softplus
+from torch.nn.functional import avg_pool2d, normalize, one_hot, pad, softplus
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 HEAD = {"norm_last": False, "sums": False, "rule": "before"}
 RMSPROP = {"optimizer": "rmsprop", "lr": 5e-5, "lr_D": 5e-5, "lr_Q": 5e-5, "patience": 0}
@@ -78,46 +78,39 @@ class Config(shared.Protocol):
     precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
 
 
-def block(layer, norm, config):
-    """Layer, batch norm, leaky ReLU; or norm last."""
-    if config.norm_last:
-        return [layer, nn.LeakyReLU(0.2), norm]
-    return [layer, norm, nn.LeakyReLU(0.2)]
-
-
 def build(config, shape, K):
     """Q: x (B, X) → z (B, Z), P: (z, y) (B, Z + K) → logits of pixels, D: (z, y) → (B, 1)."""
     Z, X, (C, size, _) = config.latent_dim, math.prod(shape), shape
+    BatchNorm = nn.BatchNorm1d if config.net == "dense" else nn.BatchNorm2d
+    leaky = nn.LeakyReLU(0.2)
 
-    def dense(n, m):
-        return block(nn.Linear(n, m), nn.BatchNorm1d(m, momentum=config.bn_momentum), config)
-
-    def conv(layer, n):
-        return block(layer, nn.BatchNorm2d(n, momentum=config.bn_momentum), config)
+    def block(layer):
+        """Layer, batch norm, leaky ReLU; or norm last."""
+        norm = BatchNorm(len(layer.bias), momentum=config.bn_momentum)
+        return [layer, leaky, norm] if config.norm_last else [layer, norm, leaky]
 
     if config.net == "dense":
-        Q = [*dense(X, 1000), *dense(1000, 1000), nn.Linear(1000, Z)]
-        P = [*dense(Z + K, 1000), *dense(1000, 1000), nn.Linear(1000, X)]
+        Q = [*block(nn.Linear(X, 1000)), *block(nn.Linear(1000, 1000)), nn.Linear(1000, Z)]
+        P = [*block(nn.Linear(Z + K, 1000)), *block(nn.Linear(1000, 1000)), nn.Linear(1000, X)]
     else:
         channels = [16, 32, 64] if size == 28 else [16, 32, 64, 128]
         n, rest = channels[-1], size >> (len(channels) - 1)  # 7×7 or 4×4: one more kernel
-        Q = [nn.Unflatten(1, shape), *conv(nn.Conv2d(C, 16, 3, padding=1), 16)]
+        Q = [nn.Unflatten(1, shape), *block(nn.Conv2d(C, 16, 3, padding=1))]
         for a, b in pairwise(channels):
-            Q += conv(nn.Conv2d(a, b, 4, 2, 1), b)
+            Q += block(nn.Conv2d(a, b, 4, 2, 1))
         Q += [nn.Conv2d(n, Z, rest), nn.Flatten()]
-        P = [nn.Unflatten(1, (Z + K, 1, 1)), *conv(nn.ConvTranspose2d(Z + K, n, rest), n)]
+        P = [nn.Unflatten(1, (Z + K, 1, 1)), *block(nn.ConvTranspose2d(Z + K, n, rest))]
         for a, b in pairwise(reversed(channels)):
-            P += conv(nn.ConvTranspose2d(a, b, 4, 2, 1), b)
+            P += block(nn.ConvTranspose2d(a, b, 4, 2, 1))
         P += [nn.Conv2d(16, C, 3, padding=1), nn.Flatten()]
-    leaky = nn.LeakyReLU(0.2)
     D = [nn.Linear(Z + K, 500), leaky, nn.Linear(500, 500), leaky, nn.Linear(500, 1)]
     return nn.ModuleDict({"Q": nn.Sequential(*Q), "P": nn.Sequential(*P), "D": shared.Float32(*D)})
 
 
-def sample_prior(y, config, seed=None):
-    """A draw of p(z) for each row of y: (n, Z); with a seed always the same."""
-    generator = None if seed is None else torch.Generator(y.device).manual_seed(seed)
-    z = torch.empty(len(y), config.latent_dim, device=y.device)
+def sample_prior(x, config, seed=None):
+    """A draw of p(z) for each row of x: (n, Z); with a seed always the same."""
+    generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
+    z = torch.empty(len(x), config.latent_dim, device=x.device)
     return nn.init.trunc_normal_(z, 0, 1, -2, 2, generator=generator)
 
 
@@ -183,8 +176,8 @@ def train_step(nets, opts, x, y, config, before):
         for parameter, gradient in zip(Q.parameters(), gradients, strict=True):
             parameter.grad = gradient
         opts["Q_reg"].step()
-    shares = {"trains_D": torch.tensor(float(trains_D)), "trains_Q": torch.tensor(float(trains_Q))}
-    return {"L_rec": loss_rec.detach(), "L_D": loss_D.detach(), "L_Q": loss_Q.detach()} | shares
+    losses = {"L_rec": loss_rec.detach(), "L_D": loss_D.detach(), "L_Q": loss_Q.detach()}
+    return losses | {"trains_D": trains_D, "trains_Q": trains_Q}
 
 
 def optimizers(nets, config):
@@ -213,70 +206,68 @@ def turns(n, y):
     return torch.eye(max(y.shape[1], 1), device=y.device).repeat(n, 1)[:n, : y.shape[1]]
 
 
+def sliced_wasserstein(a, b):
+    """Mean over 200 directions of the 1-Wasserstein distance between projections of (N, Z)."""
+    generator = torch.Generator().manual_seed(0)
+    theta = normalize(torch.randn(a.shape[1], 200, generator=generator), dim=0).to(a)
+    return ((a @ theta).sort(0).values - (b @ theta).sort(0).values).abs().mean().item()
+
+
 def evaluate(nets, data, config, full=False):
     nets.eval()
     Q, P = nets["Q"], nets["P"]
-    _, y_test = given_labels(data, config)
     last = 1 if config.net == "dense" else 2  # of Q's layers: the convolution to z, and a Flatten
     long = [shared.chunked(Q[:-last], x) for x in (data.x_train, data.x_test)]
     z_train, z_test = [shared.chunked(Q[-last:], hidden) for hidden in long]
-    y = turns(len(y_test), y_test)
+    y = turns(len(data.x_test), given_labels(data, config)[1])
     x_fake = shared.chunked(P, torch.cat([sample_prior(y, config, 0), y], 1)).sigmoid()
     x_rec = None if config.labels else shared.chunked(P, z_test).sigmoid()  # P is told labels
     metrics = shared.image_metrics(data, x_rec, x_fake)
     metrics |= shared.code_metrics(data, z_train, z_test, "short", full)
     if full:
         metrics |= shared.code_metrics(data, *(hidden.flatten(1) for hidden in long), "long")
-
-    def sample(seed):
-        return sample_prior(y_test, config, seed)
-
-    gap, floor = shared.prior_gap(z_test, sample)
-    gap_train, _ = shared.prior_gap(z_train[: len(z_test)], sample)
-    metrics |= {"eval/prior_gap": gap, "eval/prior_gap_floor": floor}
+    draws = [sample_prior(z_test, config, seed) for seed in range(1, 9)]
+    codes = {"": [z_test] * 4, "_floor": draws[::2], "_train": [z_train[: len(z_test)]] * 4}
+    for name, z in codes.items():  # from four draws of p(z); the floor is that of such draws
+        metrics[f"eval/prior_gap{name}"] = sum(map(sliced_wasserstein, z, draws[1::2])) / 4
     nets.train()
-    return metrics | {"eval/prior_gap_train": gap_train}
+    return metrics
 
 
-@torch.no_grad()
 def decode(run, data, z, y):
     """P's images (n, C, H, W) of z (n, Z or less) and of y (n, K), or one (1, K) for all."""
     z = pad(z, (0, run.config.latent_dim - z.shape[1])).to(y)
-    parts = torch.cat([z, y.expand(len(z), -1)], 1).split(1000)
-    return data.images(torch.cat([run.nets["P"](part).sigmoid() for part in parts]))
+    codes = torch.cat([z, y.expand(len(z), -1)], 1)
+    return data.images(shared.chunked(run.nets["P"], codes, 1000).sigmoid())
 
 
 def draw(run, data, config):
-    """Samples, reconstructions, codes beside the prior, and each style in all classes."""
+    """Samples, reconstructions, and each style in all classes."""
     run.nets.eval()
-    x, y = data.x_test, given_labels(data, config)[1]
+    x, y = data.x_test[:50], given_labels(data, config)[1][:50]
     z, K = shared.chunked(run.nets["Q"], x), y.shape[1]
     title = f"AAE, {config.net}, {'labels, ' if K else ''}epoch {run.epoch}"
-    samples = decode(run, data, sample_prior(turns(100, y), config, 0), turns(100, y))
+    classes = turns(100, y)
+    samples = decode(run, data, sample_prior(classes, config, 0), classes)
     run.picture("samples", shared.grid(samples, 10, f"{title}: samples"))
-    pairs = data.images(x[:50]), decode(run, data, z[:50], y[:50])
-    run.picture("reconstructions", shared.pairs(*pairs, f"{title}: test images x and P(Q(x))"))
-    figure = Figure(figsize=(8, 4))
-    figure.suptitle(f"{title}: codes of test images, and p(z); first and last dimension")
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, codes in zip(panels, (z, sample_prior(y, config, 0)), strict=True):
-        axes.scatter(codes[:, 0].cpu(), codes[:, -1].cpu(), s=2)
-    run.picture("codes", figure)
+    x, x_rec = data.images(x), decode(run, data, z, y)
+    run.picture("reconstructions", shared.pairs(x, x_rec, f"{title}: test images x and P(Q(x))"))
     if K:
         styled = decode(run, data, z[:10].repeat_interleave(K, 0), turns(10 * K, y))
-        rows = torch.cat([data.images(x[:10])[:, None], styled.unflatten(0, (10, K))], 1)
+        rows = torch.cat([x[:10, None], styled.unflatten(0, (10, K))], 1)
         run.picture("style", shared.grid(rows.flatten(0, 1), 1 + K, f"{title}: x, z in each class"))
     run.nets.train()
 
 
 def movie(run, name, images, frames):
     """The images (frames · n · n, C, H, W), n × n at a time, as <name>.gif of a few shades."""
-    n, colours = math.isqrt(len(images) // frames), 16 if images.shape[1] == 1 else 64
-    sheets = images.cpu().unflatten(0, (frames, n, n)).permute(0, 1, 4, 2, 5, 3)  # …, n, H, n, W, C
-    sheets = (15 * sheets.flatten(3, 4).flatten(1, 2)).round().mul(17).byte().squeeze(3)
-    first, *others = [Image.fromarray(sheet.numpy()).quantize(colours) for sheet in sheets]
-    how = {"format": "GIF", "save_all": True, "append_images": others, "duration": 100, "loop": 0}
-    shared.write_file(run.dir / f"{name}.gif", lambda path: first.save(path, **how))
+    sheets = []
+    for part in images.cpu().chunk(frames):
+        sheet = make_grid((15 * part).round(), math.isqrt(len(part)), padding=0)  # (3, n H, n W)
+        sheets.append(to_pil_image(sheet.mul(17).byte()).quantize(64))
+    first, *others = sheets
+    how = {"save_all": True, "append_images": others, "duration": 100, "loop": 0}
+    shared.write_file(run.dir / f"{name}.gif", lambda path: first.save(path, "GIF", **how))
 
 
 def animate(run, data, config):

@@ -38,10 +38,8 @@ from shared import option
 import torch
 from torch import nn
 from torch.autograd import grad
-from torch.nn.functional import softplus
+from torch.nn.functional import interpolate, softplus
 from torch.optim import RMSprop
-
-PAIRS = (3, 8), (4, 9), (7, 1), (0, 6)  # of classes, for the latent arithmetic
 
 
 @dataclass
@@ -67,13 +65,8 @@ class Config(shared.Protocol):
 # B batch, Z = latent_dim, the nets' images (B, C, S, S) in [−1, 1], data (B, X) in [0, 1]
 
 
-class Heads(nn.Module):
+class Heads(nn.ModuleDict):
     """The two last layers of Enc: h → μ, log s²."""
-
-    def __init__(self, H, Z):
-        super().__init__()
-        self.mu = nn.Linear(H, Z)
-        self.log_var = nn.Linear(H, Z)
 
     def forward(self, h):
         return shared.fp32(self.mu(h)), shared.fp32(self.log_var(h))
@@ -101,7 +94,7 @@ def build(config, C):
         *down(n128, n256),
         nn.Flatten(),
         *dense(n256 * s * s, n2048),
-        Heads(n2048, Z),
+        Heads({"mu": nn.Linear(n2048, Z), "log_var": nn.Linear(n2048, Z)}),
     )
     Dec = nn.Sequential(
         *dense(Z, n256 * s * s),
@@ -114,7 +107,7 @@ def build(config, C):
     )
     nets = nn.ModuleDict({"Enc": Enc, "Dec": Dec})
     if config.init == "normal":
-        start_normal(nets)
+        nets.apply(start_normal)
     if config.method == "vae":
         return nets
     features = nn.Sequential(
@@ -129,14 +122,12 @@ def build(config, C):
     return nets
 
 
-@torch.no_grad()
-def start_normal(nets):
+def start_normal(layer):
     """Weights of convolutions from N(0, 0.02²), those of batch norm from N(1, 0.02²)."""
-    for layer in nets.modules():
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            layer.weight.normal_(0, 0.02)
-        elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            layer.weight.normal_(1, 0.02)
+    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(layer.weight, 0, 0.02)
+    elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        nn.init.normal_(layer.weight, 1, 0.02)
 
 
 def kl(mu, log_var):
@@ -204,19 +195,22 @@ def vae_step(nets, opts, x, config):
     return {"L_prior": prior.detach(), "L_llike": llike.detach()}
 
 
+def to_x(pixels, data, config):
+    """Vectors (B, X) in [0, 1] → the nets' images (B, C, S, S) in [−1, 1]."""
+    images = interpolate(data.images(pixels), config.image_size, mode="bicubic")
+    return 2 * images.clamp(0, 1) - 1
+
+
 def encode(Enc, x, data, config):
     """Activations before Enc's last layers (N, H), and μ (N, Z); its nets need 10 MB an image."""
-
-    def to_hidden(part):
-        return Enc[:-1](shared.enlarge(data.images(part), config.image_size))
-
-    hidden = shared.chunked(to_hidden, x, 250)
+    hidden = shared.chunked(lambda part: Enc[:-1](to_x(part, data, config)), x, 250)
     return hidden, shared.chunked(Enc[-1].mu, hidden, 250)
 
 
 def decode(Dec, z, data):
-    """Vectors (N, X) in [0, 1] of codes z (N, Z)."""
-    return shared.chunked(lambda part: shared.reduce(Dec(part), data.shape), z, 250)
+    """Dec(z) (N, C, S, S) of codes z (N, Z), antialiased, as vectors (N, X) in [0, 1]."""
+    x = interpolate(shared.chunked(Dec, z, 250), data.shape[1:], mode="bicubic", antialias=True)
+    return (x.flatten(1).clamp(-1, 1) + 1) / 2
 
 
 def sample_prior(n, config, device):
@@ -236,8 +230,8 @@ def evaluate(nets, data, config, full=False):
     metrics |= shared.code_metrics(data, mu_train, mu_test, "short", full)
     if full:
         metrics |= shared.code_metrics(data, hidden_train, hidden_test, "long")
-        enlarged = shared.enlarge(data.images(data.x_test), config.image_size)
-        floor = shared.image_metrics(data, x_fake=shared.reduce(enlarged, data.shape))
+        resized = decode(nn.Identity(), to_x(data.x_test, data, config), data)
+        floor = shared.image_metrics(data, x_fake=resized)
         metrics |= {f"{name}_floor": value for name, value in floor.items()}
     nets.train()
     return metrics
@@ -246,7 +240,7 @@ def evaluate(nets, data, config, full=False):
 def arithmetic(nets, data, config):
     """Images (·, X), names of rows: x of class a, Dec(μ), Dec(μ + mean code of b − that of a)."""
     codes, rows, names = encode(nets["Enc"], data.x_train, data, config)[1], [], []
-    for a, b in PAIRS:
+    for a, b in ((3, 8), (4, 9), (7, 1), (0, 6)):
         x = data.x_test[data.y_test == a][:10]
         mu = encode(nets["Enc"], x, data, config)[1]
         way = codes[data.y_train == b].mean(0) - codes[data.y_train == a].mean(0)
@@ -280,10 +274,8 @@ def draw(run, data, config):
         what = f"epoch {run.epoch}: a direction added to μ, the difference of the mean codes"
         run.picture("arithmetic", shared.grid(data.images(rows), 10, what, names))
     if len(run.history.get("losses", [])) > 1 and run.epoch == config.epochs:
-        figure = shared.curves(
-            run.history["losses"], "iteration", f"{title}: means of 20 iterations"
-        )
-        run.picture("losses", figure)
+        what = f"{title}: means of 20 iterations"
+        run.picture("losses", shared.curves(run.history["losses"], "iteration", what))
     run.nets.train()
 
 
@@ -297,9 +289,8 @@ def main(config):
     nets = build(config, data.shape[0]).to(device)
     if device.type == "cpu":  # where this layout is faster for narrow nets
         nets.to(memory_format=torch.channels_last)
-    opts = {name: RMSprop(net.parameters(), config.lr, config.alpha) for name, net in nets.items()}
-    if "Dis" in opts:
-        opts["Dis"].param_groups[0]["lr"] = config.lr * config.dis_lr
+    rates = {"Enc": config.lr, "Dec": config.lr, "Dis": config.lr * config.dis_lr}
+    opts = {key: RMSprop(net.parameters(), rates[key], config.alpha) for key, net in nets.items()}
     parts = {"nets": nets} | {f"opt_{name}": opt for name, opt in opts.items()}
     step = vae_step if config.method == "vae" else train_step
     steps = len(data.x_train) // config.batch_size
@@ -312,7 +303,7 @@ def main(config):
         for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
             if run.step_in_epoch == steps:  # its own
                 break  # its own
-            x = shared.enlarge(data.images(data.x_train[i]), config.image_size)  # its own
+            x = to_x(data.x_train[i], data, config)  # its own
             losses = step(nets, opts, x, config)  # its own
             epoch_losses.append(losses)  # its own
             run.step(losses, len(i))

@@ -37,7 +37,7 @@ from shared import option
 import torch
 from torch import nn
 from torch.autograd import grad
-from torch.nn.functional import softplus
+from torch.nn.functional import interpolate, softplus
 from torch.optim import RMSprop
 
 LEARNS = {"lr": 3e-4, "lr_decay": 1.0, "gamma_enc": 10.0, "lambda_mse": 1e-2}
@@ -75,9 +75,7 @@ class Config(shared.Protocol):
     lr: float = option(1e-4, "learning rate of RMSprop (its README; its code: 3e-4)", low=1e-9)
     lr_decay: float = option(0.75, "factor of the rate from epoch to epoch", low=0)
     alpha: float = option(0.9, "RMSprop's smoothing", low=0)
-    clip: float = option(
-        0.0, "gradients are clipped to ±this (its README: 1, unused); 0: not", low=0
-    )
+    clip: float = option(0.0, "clips gradients to ±this (its README: 1, unused); 0: not", low=0)
     bn_momentum: float = option(0.9, "a batch's share in batch norm's running statistics", low=0)
     gamma_enc: float = option(1.0, "weight of L_llike in Enc's loss", low=0)
     lambda_mse: float = option(1e-6, "λ: weight of L_llike in Dec's loss", low=0)
@@ -91,13 +89,8 @@ class Config(shared.Protocol):
 # B batch, Z = latent_dim, the nets' images (B, C, S, S) in [−1, 1], data (B, X) in [0, 1]
 
 
-class Heads(nn.Module):
+class Heads(nn.ModuleDict):
     """The two last layers of Enc: h → μ, log s²."""
-
-    def __init__(self, H, Z):
-        super().__init__()
-        self.mu = nn.Linear(H, Z)
-        self.log_var = nn.Linear(H, Z)
 
     def forward(self, h):
         return shared.fp32(self.mu(h)), shared.fp32(self.log_var(h))
@@ -126,7 +119,7 @@ def build(config, C):
         *down(n128, n256),
         nn.Flatten(),
         *dense(n256 * s * s, n1024),
-        Heads(n1024, Z),
+        Heads({"mu": nn.Linear(n1024, Z), "log_var": nn.Linear(n1024, Z)}),
     )
     Dec = nn.Sequential(
         *dense(Z, n256 * s * s),
@@ -148,19 +141,17 @@ def build(config, C):
     rest = nn.Sequential(norm, relu, nn.Flatten(), *dense(n256 * s * s, n512), nn.Linear(n512, 1))
     nets = nn.ModuleDict({"Enc": Enc, "Dec": Dec, "Dis": nn.Sequential(features, rest)})
     if config.init == "uniform":
-        start_uniform(nets)
+        nets.apply(start_uniform)
     return nets
 
 
-@torch.no_grad()
-def start_uniform(nets):
+def start_uniform(layer):
     """Weights U(−a, a), a = 1 / √(3 n), of n = a weight's size without its first axis; biases 0."""
-    for layer in nets.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-            a = (3 * layer.weight[0].numel()) ** -0.5
-            layer.weight.uniform_(-a, a)
-            if layer.bias is not None:
-                layer.bias.zero_()
+    if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        a = (3 * layer.weight[0].numel()) ** -0.5
+        nn.init.uniform_(layer.weight, -a, a)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 def L_prior(mu, log_var):
@@ -248,19 +239,22 @@ def train_step(nets, opts, x, config):
     return {name: loss.detach().float() for name, loss in losses.items()}  # sums of an image
 
 
+def to_x(pixels, data, config):
+    """Vectors (B, X) in [0, 1] → the nets' images (B, C, S, S) in [−1, 1]."""
+    images = interpolate(data.images(pixels), config.image_size, mode="bicubic")
+    return 2 * images.clamp(0, 1) - 1
+
+
 def encode(Enc, x, data, config):
     """Activations before Enc's last layers (N, H), and μ (N, Z)."""
-
-    def to_hidden(part):
-        return Enc[:-1](shared.enlarge(data.images(part), config.image_size))
-
-    hidden = shared.chunked(to_hidden, x, 250)
+    hidden = shared.chunked(lambda part: Enc[:-1](to_x(part, data, config)), x, 250)
     return hidden, shared.chunked(Enc[-1].mu, hidden, 250)
 
 
 def decode(Dec, z, data):
-    """Vectors (N, X) in [0, 1] of codes z (N, Z)."""
-    return shared.chunked(lambda part: shared.reduce(Dec(part), data.shape), z, 250)
+    """Dec(z) (N, C, S, S) of codes z (N, Z), antialiased, as vectors (N, X) in [0, 1]."""
+    x = interpolate(shared.chunked(Dec, z, 250), data.shape[1:], mode="bicubic", antialias=True)
+    return (x.flatten(1).clamp(-1, 1) + 1) / 2
 
 
 def sample_prior(n, config, device):
@@ -314,7 +308,7 @@ def main(config):
         for opt in opts.values():  # its own
             opt.param_groups[0]["lr"] = config.lr * config.lr_decay ** (epoch - 1)  # its own
         for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
-            x = shared.enlarge(data.images(data.x_train[i]), config.image_size)  # its own
+            x = to_x(data.x_train[i], data, config)  # its own
             losses = train_step(nets, opts, x, config)  # its own
             run.step(losses, len(i))
         run.log_losses()

@@ -105,14 +105,21 @@ def test_initial_weights():
 
 @pytest.mark.parametrize("size", (32, 64))
 def test_images_are_enlarged_and_reduced(size):
+    def there_and_back(images):
+        x = images.flatten(1)
+        data = shared.Data("", x, None, x, None, images.shape[1:])
+        large = vae_gan.to_x(x, data, configure(image_size=size))
+        assert large.shape == (2, 3, size, size)
+        return large, vae_gan.decode(nn.Identity(), large, data)
+
     images = torch.linspace(0, 1, 28).expand(2, 3, 28, 28)
-    large = shared.enlarge(images, size)
-    assert large.shape == (2, 3, size, size) and large.min() == -1 and large.max() == 1
-    again = shared.reduce(large, images.shape[1:])
+    large, again = there_and_back(images)
+    assert large.min() == -1 and large.max() == 1
     torch.testing.assert_close(again, images.flatten(1), atol=0.02, rtol=0)
     native = torch.rand(2, 3, size, size)
-    torch.testing.assert_close(shared.enlarge(native, size), 2 * native - 1)
-    torch.testing.assert_close(shared.reduce(2 * native - 1, native.shape[1:]), native.flatten(1))
+    large, again = there_and_back(native)
+    torch.testing.assert_close(large, 2 * native - 1)
+    torch.testing.assert_close(again, native.flatten(1))
 
 
 # Losses
@@ -227,7 +234,7 @@ def small():
     torch.manual_seed(0)
     config, data = configure(epochs=1), toy_data()
     nets = vae_gan.build(config, 1)
-    x = shared.enlarge(data.images(data.x_train[:16]), 32)
+    x = vae_gan.to_x(data.x_train[:16], data, config)
     vae_gan.train_step(nets, sgd(nets, 1e-3), x, config)
     return config, data, nets
 

@@ -14,7 +14,7 @@ from test_vae_gan import sgd
 from torch import nn
 from torch.autograd import grad
 from torch.distributions import Normal, kl_divergence
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 
 
 def configure(preset="published", **changes):
@@ -293,7 +293,7 @@ def test_what_evaluate_measures_and_draw_shows(monkeypatch):
     torch.manual_seed(0)
     config, data = configure(epochs=1), toy_data()
     nets = equilibrium.build(config, 1)
-    x = shared.enlarge(data.images(data.x_train[:16]), config.image_size)
+    x = equilibrium.to_x(data.x_train[:16], data, config)
     equilibrium.train_step(nets, sgd(nets, 1e-3), x, config)
     before, given = state_of(nets), record(monkeypatch)
     equilibrium.evaluate(nets, data, config, full=True)
@@ -301,13 +301,20 @@ def test_what_evaluate_measures_and_draw_shows(monkeypatch):
     equilibrium.draw(run, data, config)
     assert_same(before, state_of(nets))
     assert run.names == ["samples", "reconstructions"]
+
+    def enlarged(x):
+        return interpolate(data.images(x), (32, 32), mode="bicubic").clamp(0, 1) * 2 - 1
+
+    def pixels(x):
+        x = interpolate(x, (28, 28), mode="bicubic", antialias=True).clamp(-1, 1)
+        return (x.flatten(1) + 1) / 2
+
     Enc, Dec = nets.eval()["Enc"], nets["Dec"]
     with torch.no_grad():
-        train = shared.enlarge(data.images(data.x_train), config.image_size)
-        test = shared.enlarge(data.images(data.x_test), config.image_size)
+        train, test = enlarged(data.x_train), enlarged(data.x_test)
         z = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
         x_rec, x_fake = given["images"][0]
-        torch.testing.assert_close(x_rec, shared.reduce(Dec(Enc(test)[0]), data.shape))
-        torch.testing.assert_close(x_fake, shared.reduce(Dec(z), data.shape))
+        torch.testing.assert_close(x_rec, pixels(Dec(Enc(test)[0])))
+        torch.testing.assert_close(x_fake, pixels(Dec(z)))
         torch.testing.assert_close(given["short"], (Enc(train)[0], Enc(test)[0]))
         torch.testing.assert_close(given["long"], (Enc[:-1](train), Enc[:-1](test)))
