@@ -21,9 +21,9 @@ Expect (test images, seeds 0 to 2): error 3.44 ± 0.21 % with 100 labels, 2.34 �
 
 Deviations from the paper, whose appendix with the details could not be read again:
  1. Adam with β₁ = 0.5 instead of SGD with momentum, and learning rates that fall linearly to 0 over
-    the second half (--decay): the paper trains for thousands of epochs, these are to come near in
-    minutes. The rates were chosen on val in short trials that are not kept.
- 2. Regularization learns at 0.3 of the rate of the rest. Adam's steps do not get smaller with the
+    the second half (--decay): the paper trains for thousands of epochs. The rates were chosen on
+    val in short trials that are not kept.
+ 2. Regularization learns at 0.3 of the rate of the rest: Adam's steps do not get smaller with the
     loss, so that this ratio decides who leads y.
  3. Q has batch norm (--batch-norm); the noise on its input (--noise) is the paper's, from memory.
  4. The discriminators have 500 units in each layer, as in github.com/PatrykChrabaszcz/
@@ -43,7 +43,7 @@ from shared import option
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, one_hot, softplus
+from torch.nn.functional import cross_entropy, one_hot, pad, softplus
 
 
 @dataclass
@@ -82,9 +82,8 @@ class Noise(nn.Module):
 
 def hidden(n, m, batch_norm=False):
     """Layer, norm, ReLU."""
-    if batch_norm:
-        return [nn.Linear(n, m), nn.BatchNorm1d(m), nn.ReLU()]
-    return [nn.Linear(n, m), nn.ReLU()]
+    norm = [nn.BatchNorm1d(m)] if batch_norm else []
+    return [nn.Linear(n, m), *norm, nn.ReLU()]
 
 
 def build(config, X, K):
@@ -125,8 +124,7 @@ def L_Q(D, c_fake):
 
 def L_sup(Q, x, k, config):
     """−log y_k, mean over the batch x (B, X) of classes k (B,)."""
-    logits, _ = shared.fp32(Q(x)).tensor_split([-config.latent_dim], 1)
-    return cross_entropy(logits, k)
+    return cross_entropy(shared.fp32(Q(x))[:, : -config.latent_dim], k)
 
 
 def train_step(nets, opts, x, labelled, config):
@@ -138,8 +136,7 @@ def train_step(nets, opts, x, labelled, config):
     with shared.products(config, x.device):
         logits = shared.fp32(P(torch.cat(code(Q, x, config), 1)))
     loss_rec = L_rec(logits, x)
-    opts["P"].zero_grad()
-    opts["Q_rec"].zero_grad()
+    nets.zero_grad()
     loss_rec.backward()
     opts["P"].step()
     opts["Q_rec"].step()
@@ -184,10 +181,8 @@ def optimizers(nets, config):
 def set_rates(opts, config, done):
     """The learning rates after the share `done` of the training."""
     share = min(1.0, (1 - done) / config.decay) if config.decay else 1.0
-    rates = {"P": config.lr, "Q_rec": config.lr, "Q_sup": config.sup_lr}
-    rates |= {"D": config.reg_lr, "Q_reg": config.reg_lr}
-    for name, lr in rates.items():
-        opts[name].param_groups[0]["lr"] = share * lr
+    for opt in opts.values():
+        opt.param_groups[0]["lr"] = share * opt.defaults["lr"]
 
 
 def balanced(y, n, seed):
@@ -257,9 +252,8 @@ def draw(run, data, config):
     """Samples, reconstructions, each style in all classes, and what is in the clusters."""
     run.nets.eval()
     Q, P = run.nets["Q"], run.nets["P"]
-    title = f"AAE, {config.labels or 'all'} labels, epoch {run.epoch}"
-    if config.cluster:
-        title = f"AAE, {config.cluster} clusters, epoch {run.epoch}"
+    known = f"{config.cluster} clusters" if config.cluster else f"{config.labels or 'all'} labels"
+    title = f"AAE, {known}, epoch {run.epoch}"
     y, z = code(Q, data.x_test, config)
     codes, K = torch.cat([y, z], 1), y.shape[1]
     classes = torch.eye(K, device=z.device)
@@ -268,23 +262,18 @@ def draw(run, data, config):
         run.picture(name, shared.grid(data.images(x), columns, f"{title}: {what}"))
 
     picture("samples", P(prior(100, codes, config)).sigmoid(), 10, "samples")
-    x_rec = data.images(P(codes[:50]).sigmoid())
-    pairs = shared.pairs(
-        data.images(data.x_test[:50]), x_rec, f"{title}: test images x and P(Q(x))"
-    )
-    run.picture("reconstructions", pairs)
-
+    x, x_rec = data.images(data.x_test[:50]), data.images(P(codes[:50]).sigmoid())
+    run.picture("reconstructions", shared.pairs(x, x_rec, f"{title}: test images x and P(Q(x))"))
     rows = []
     for x, style in zip(data.x_test[:10], z[:10], strict=True):
         rows += [x[None], P(torch.cat([classes, style.expand(K, -1)], 1)).sigmoid()]
     picture("style", torch.cat(rows), 1 + K, "test images, then their z with each y")
     if config.cluster:
+        heads = P(pad(classes, (0, config.latent_dim))).sigmoid()  # z = 0
         rows = []
         for k in range(K):
             members = data.x_test[y.argmax(1) == k][:15]
-            blank = data.x_test.new_ones(15 - len(members), data.x_test.shape[1])
-            head = P(torch.cat([classes[k], torch.zeros_like(z[0])])[None]).sigmoid()  # z = 0
-            rows += [head, members, blank]
+            rows += [heads[k, None], pad(members, (0, 0, 0, 15 - len(members)), value=1.0)]
         picture("clusters", torch.cat(rows), 16, "P(y, 0), and test images of each cluster")
     run.nets.train()
 
@@ -296,10 +285,11 @@ def main(config):
         shared.fail("--cluster 1: one cluster is none")
     if config.cluster and config.labels != Config.labels:
         shared.fail(f"--cluster {config.cluster}: clusters come without --labels")
-    K, chosen = config.cluster, None
-    if K == 0:
-        if data.y_train is None:
-            shared.fail(f"{config.dataset} has no labels: choose --cluster")
+    if config.cluster:
+        K, chosen = config.cluster, None
+    elif data.y_train is None:
+        shared.fail(f"{config.dataset} has no labels: choose --cluster")
+    else:
         K = int(data.y_train.max()) + 1
         chosen = balanced(data.y_train, config.labels, config.seed)
     nets = build(config, data.x_train.shape[1], K).to(device)
