@@ -182,16 +182,15 @@ def train_step(nets, opts, x, config):
 
 def vae_step(nets, opts, x, config):
     """One update of a VAE's Enc and Dec on x (B, C, S, S)."""
-    Enc, Dec = nets["Enc"], nets["Dec"]
     with shared.products(config, x.device):
-        mu, log_var = Enc(x)
-        x_rec = shared.fp32(Dec(mu + (log_var / 2).exp() * torch.randn_like(mu)))
+        mu, log_var = nets["Enc"](x)
+        x_rec = shared.fp32(nets["Dec"](mu + (log_var / 2).exp() * torch.randn_like(mu)))
     prior = kl(mu, log_var).sum() / len(x)
     llike = 0.5 * (x - x_rec).square().sum() / len(x)
-    gradients = grad(prior + llike, [*nets.parameters()])
-    n = len([*Enc.parameters()])
-    descend(opts["Enc"], gradients[:n])
-    descend(opts["Dec"], gradients[n:])
+    nets.zero_grad()
+    (prior + llike).backward()
+    opts["Enc"].step()
+    opts["Dec"].step()
     return {"L_prior": prior.detach(), "L_llike": llike.detach()}
 
 
