@@ -35,14 +35,14 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
-from torch.nn.functional import interpolate, normalize, pad
+from torch.nn.functional import pad
 from torchvision import datasets
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 DATASETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 OF_THE_MACHINE = {"device", "data_dir", "out_dir", "run_name", "wandb", "resume", "eval"}
-BESIDE_RESUME = {"resume", "epochs", "device", "data_dir", "wandb"}
+BESIDE_RESUME = {"resume", "epochs", "device", "data_dir", "wandb"}  # options that it takes
 BESIDE_EVAL = OF_THE_MACHINE | {"dataset", "split", "smoke", "eval_weights"}
 NO_SETTING = OF_THE_MACHINE | {"epochs", "eval_every", "seed", "dataset", "split"}
 
@@ -135,9 +135,9 @@ def load_checkpoint(path, Config):
 def setup(config):
     """Seeds PyTorch, makes a CPU fast, shortens a smoke run; returns the torch.device."""
     torch.manual_seed(config.seed)
-    device = torch.device("cpu")
-    if config.device != "cpu" and torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or config.device == "cpu":
+        device = torch.device("cpu")
     if config.device not in ("auto", device.type):
         fail(f"--device {config.device}: there is no such device here")
     has_bf16 = any(able for name, able in torch.cpu.get_capabilities().items() if "bf16" in name)
@@ -165,10 +165,9 @@ def fastest_exact_matmul(device):
 
 
 def products(config, device):
-    """A context in which products and convolutions are in bf16, if --precision says so.
+    """A context for each optimizer's step: products and convolutions in bf16, if config says so.
 
-    It casts weights once, and keeps these casts until no other context is around it: take one for
-    each optimizer's step, and never one inside another.
+    Casts of weights are kept until no context is around any more: take none inside another.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
@@ -279,20 +278,6 @@ def read_pictures(folder, size, limit):
     return x[..., :1] if (x == x[..., :1]).all() else x
 
 
-def enlarge(images, size):
-    """Images (B, C, H, W) in [0, 1] → (B, C, size, size) in [−1, 1]."""
-    if images.shape[-1] != size:
-        images = interpolate(images, size, mode="bicubic").clamp(0, 1)
-    return 2 * images - 1
-
-
-def reduce(x, shape):
-    """The way back from (B, C, S, S), antialiased, to vectors (B, X) of images (C, H, W)."""
-    if x.shape[1:] != shape:
-        x = interpolate(x, shape[1:], mode="bicubic", antialias=True).clamp(-1, 1)
-    return (x.flatten(1) + 1) / 2
-
-
 @lru_cache(1)
 def batches(x, batch_size, seed, epoch):
     """An epoch's shuffled batches of indices (steps, batch_size), the last partial one left out."""
@@ -357,9 +342,7 @@ class Run:
             try:
                 self.dir.mkdir(parents=True)
             except OSError as error:
-                fail(
-                    f"cannot make {self.dir} ({error.strerror}): try another --run-name, --out-dir"
-                )
+                fail(f"cannot make {self.dir}: {error.strerror}; another --run-name or --out-dir?")
         self.rows = self.history["rows"]
         config.run_name, self.start = self.dir.name, time.time() - self.history["wall_s"]
         self.facts = self._facts(device)
@@ -379,11 +362,11 @@ class Run:
         values, usual = asdict(self.config), asdict(type(self.config)())
         if "preset" in usual:
             usual |= self.module.PRESETS[self.config.preset]
-        own = {k: v for k, v in values.items() if v != usual[k] and k not in NO_SETTING}
+        own = [f"{k} {v}" for k, v in values.items() if v != usual[k] and k not in NO_SETTING]
         facts = {"experiment": self.file.stem, "run": self.dir.name}
         facts |= {name: self.history[name] for name in ("commands", "commits")}
         facts |= {name: values[name] for name in ("dataset", "split", "seed")}
-        facts["setting"] = ", ".join(f"{name} {value}" for name, value in own.items())
+        facts["setting"] = ", ".join(own)
         facts["matmul"] = torch.get_float32_matmul_precision()
         facts["params"] = sum(p.numel() for p in self.nets.parameters())
         return facts | {"hardware": hardware(device), "torch": torch.__version__}
@@ -525,8 +508,7 @@ class Run:
     def _interrupt(self, *_):
         path = self.dir / "checkpoint.pt"
         advice = f"go on with: python {sys.argv[0]} --resume {path}"
-        nothing = "nothing was saved yet, start again"
-        self._end("interrupted", advice if path.exists() else nothing, 130)
+        self._end("interrupted", advice if path.exists() else "nothing was saved yet", 130)
 
     def _end(self, status, message="", code=0):
         """The summary's last word; with a message, the program's too."""
@@ -538,23 +520,6 @@ class Run:
         self._mirror(lambda run: run.finish(exit_code=code))
         if message:
             fail(f"{status}: {message}", code)
-
-
-# Metrics
-
-
-def sliced_wasserstein(a, b):
-    """Mean over 200 directions of the 1-Wasserstein distance between projections of (N, Z)."""
-    generator = torch.Generator().manual_seed(0)
-    theta = normalize(torch.randn(a.shape[1], 200, generator=generator), dim=0).to(a)
-    return ((a @ theta).sort(0).values - (b @ theta).sort(0).values).abs().mean().item()
-
-
-def prior_gap(z, sample):
-    """Distance of codes z (N, Z) to draws sample(seed) (N, Z); of two such draws: the floor."""
-    draws = [(sample(seed), sample(seed + 1)) for seed in (1, 3, 5, 7)]
-    gap = sum(sliced_wasserstein(z, other) for _, other in draws) / 4
-    return gap, sum(sliced_wasserstein(one, other) for one, other in draws) / 4
 
 
 # Pictures
