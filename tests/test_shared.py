@@ -320,7 +320,8 @@ def test_a_run_survives_a_picture_that_wandb_does_not_take(tmp_path, monkeypatch
     broken = MagicMock()
     broken.Image.side_effect = OSError("no space left")
     run = object.__new__(shared.Run)
-    run.dir, run.epoch, run.wandb, run.image = tmp_path, 1, broken, broken.Image
+    run.dir, run.epoch = tmp_path, 1
+    run.wandb, run.image = broken, broken.Image
     run.picture("samples", shared.grid(torch.rand(2, 1, 4, 4), 2, "samples"))
     assert (tmp_path / "samples.png").exists() and run.wandb is None
     assert "training goes on" in capsys.readouterr().err
