@@ -12,7 +12,7 @@ Expect: a 1-NN and SVM accuracy for each method of the paper, each with its epoc
 
 Deviations from the paper:
  1. Its five trials' number of epochs is not published (the official configuration has 400 to 600).
- 2. The classifiers are shared.py's: exact 1-NN, and liblinear's SVM (C = 0.02) to the optimum.
+ 2. The classifiers, assets/classifiers.py: exact 1-NN, liblinear's SVM (C = 0.02) to the optimum.
  3. SW is one partition for all seeds; the paper's trials vary it, as far as one can tell.
  4. Which branch of the official code made the table is not known: here are four ways to ALAE.
 """
