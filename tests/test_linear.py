@@ -427,6 +427,26 @@ def test_a_direction_that_is_missing_is_at_a_right_angle():
     assert shared.pca.angle(torch.zeros(6, 2).double(), V) > 0.1
 
 
+def test_each_map_has_an_angle_of_its_own(toys):
+    V, mean = shared.pca.fit(toys.x_train, 2)[1:]
+    rest = torch.linalg.svd(V)[0][:, 2:]
+    turned = [V * tilt.cos() + rest[:, :2] * tilt.sin() for tilt in torch.tensor([0.3, 0.7])]
+    metrics = shared.pca.metrics(toys, turned[0].T, turned[1], mean)
+    assert metrics["eval/angle_E"] == pytest.approx(0.3, rel=1e-4)
+    assert metrics["eval/angle_G"] == pytest.approx(0.7, rel=1e-4)
+
+
+def test_least_A_is_the_least_of_wAw_on_the_unit_circle_over_the_decay(toys):
+    config = alae.Config(k=2, decay=0.2, floor=0.1)
+    nets = alae.build(config, toys.x_train)
+    nets["D"].B.data = torch.tensor([[0.6, 0.5], [-0.2, 0.4]])
+    angles = torch.linspace(0, torch.pi, 1001)
+    circle = torch.stack([angles.cos(), angles.sin()], 1)
+    least = (nets["D"](circle) + nets["D"].c).min().item()
+    metrics = alae.evaluate(nets, toys, config)
+    assert metrics["eval/least_A"] == pytest.approx(least / 0.2, rel=1e-3)
+
+
 @pytest.mark.parametrize("module", (*FILES, pca_gd))
 def test_codes_of_training_images_are_what_classifiers_learn_from(module, toys, monkeypatch):
     labels = [torch.arange(len(x)) % 3 for x in (toys.x_train, toys.x_test)]
@@ -492,6 +512,16 @@ def test_pictures_show_the_components_of_what_the_maps_reconstruct(toys, monkeyp
     torch.testing.assert_close(x_pca, mean + (x - mean) @ own[1] @ own[1].T)
     torch.testing.assert_close(x_rec, mean + (x - mean) @ E.T @ G.T)
     assert not x_rec.allclose(x_pca)
+
+
+def test_pictures_of_pcas_own_maps_are_the_same_in_sign_too_and_have_the_maps_mean(toys):
+    E, G, mean = shared.pca.fit(toys.x_train, 4)
+    drawn = {name: x for name, x, _ in shared.pca.pictures(toys, E, G, mean + 0.5)}
+    pca, ours = drawn["components"].split(4)
+    torch.testing.assert_close(ours, pca)
+    assert pca.min() >= 0 and pca.max() <= 1
+    x, _, x_rec = drawn["reconstructions"].split(12)
+    torch.testing.assert_close(x_rec, mean + 0.5 + (x - mean - 0.5) @ E.T @ G.T)
 
 
 @pytest.mark.parametrize("module", FILES)
