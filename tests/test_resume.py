@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import signal
+from dataclasses import asdict, replace
 
 import shared
 
@@ -91,3 +92,57 @@ def test_no_epochs_evaluates_the_untrained_nets(name, cheap, few_images, tmp_pat
     how = [*smoke_options(module), "--out-dir", tmp_path, "--run-name", "untrained"]
     train(monkeypatch, module, *how, *none)
     assert load(tmp_path / name / "untrained", "model.pt")["epoch"] == 0
+
+
+def test_a_resumed_run_goes_on_with_its_clock_and_the_random_states_of_all_gpus(
+    cheap, few_images, tmp_path, monkeypatch
+):
+    restored, states = [], [torch.tensor([i], dtype=torch.uint8) for i in (7, 8)]
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.append)
+    module = importlib.import_module("train_fc_alae")
+    options = ["--batch-size", 400, "--out-dir", tmp_path, "--run-name", "mine"]
+    train(monkeypatch, module, *options, "--epochs", 1)
+    folder = tmp_path / "train_fc_alae/mine"
+    content = load(folder)
+    content["history"]["wall_s"] = 5000.0
+    torch.save(content, folder / "checkpoint.pt")
+    assert not restored
+    train(monkeypatch, module, "--resume", folder / "checkpoint.pt", "--epochs", 2)
+    assert_same(restored, [states])
+    assert 5000 <= json.loads((folder / "summary.json").read_text())["wall_s"] < 5100
+
+
+MACHINE = {"device": "cpu", "data_dir": "elsewhere", "wandb": True}
+CHANGES = [  # what may be said beside each, and is then so
+    ("resume", MACHINE | {"epochs": 9}),
+    ("eval", MACHINE | {"out_dir": "o", "run_name": "n", "split": "val", "dataset": "cifar10"}),
+    ("eval", {"smoke": True, "eval_weights": "raw"}),
+]
+
+
+@pytest.mark.parametrize("way, changes", CHANGES)
+def test_what_may_be_said_beside_resume_and_eval(way, changes, tmp_path):
+    module = importlib.import_module("train_fc_alae")
+    own = module.Config(lr=0.5, epochs=3, out_dir="far", run_name="r", resume="a", device="mps")
+    content = {"experiment": "train_fc_alae", "config": asdict(own)}
+    torch.save(content, tmp_path / "c.pt")
+    argv = [f"--{way}", str(tmp_path / "c.pt")]
+    for name, value in changes.items():
+        argv.append(f"--{name}" if value is True else f"--{name}={value}")
+    config = shared.parse_config(module.Config, module.PRESETS, argv)
+    expected = module.Config(lr=0.5, epochs=3) if way == "eval" else own
+    given = changes | {way: str(tmp_path / "c.pt")}
+    assert config == replace(expected, **given)
+
+
+@pytest.mark.parametrize("way", ("resume", "eval"))
+@pytest.mark.parametrize("name", ("eval_every", "seed", "preset", "decay"))
+def test_what_may_not_be_said_beside_resume_and_eval(way, name, tmp_path, capsys):
+    module = importlib.import_module("train_fc_alae")
+    config = module.Config()
+    torch.save({"experiment": "train_fc_alae", "config": asdict(config)}, tmp_path / "c.pt")
+    argv = [f"--{way}", str(tmp_path / "c.pt"), f"--{name}={getattr(config, name)}"]
+    with pytest.raises(SystemExit):
+        shared.parse_config(module.Config, module.PRESETS, argv)
+    assert f"--{name}: leave it out" in capsys.readouterr().err
