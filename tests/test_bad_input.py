@@ -18,6 +18,7 @@ CASES = [
     (FC_ALAE, ["--epochs", "many"], "'many'"),
     (FC_ALAE, ["--epochs", "-3"], "at least 0"),
     (FC_ALAE, ["--lr", "nan"], "nan"),
+    (FC_ALAE, ["--lr", "inf"], "finite"),
     (FC_ALAE, ["--preset", "slow"], "--preset"),
     (FC_ALAE, ["--smoke", "--batch-size", "2001"], "larger than the training data"),
     (FC_ALAE, ["--device", "mps"], "no such device"),
@@ -30,6 +31,7 @@ CASES = [
     (FC_ALAE, ["--resume", "{tmp}/nothing.pt"], "FileNotFoundError"),
     (FC_ALAE, ["--resume", "{tmp}/file"], "no checkpoint"),
     (FC_ALAE, ["--resume", "{tmp}/other.pt"], "a checkpoint of pca_gd"),
+    (FC_ALAE, ["--resume", "{tmp}/old.pt"], "not of this version"),
     (FC_ALAE, ["--resume", "{root}/assets/fc_alae.pt"], "a trained model"),
     (FC_ALAE, ["--eval", "{root}/assets/fc_alae.pt", "--lr", "1"], "--lr: leave it out"),
     (LINEAR, ["--smoke", "--k", "784"], "spans 624 dimensions"),
@@ -50,6 +52,8 @@ def bad(tmp_path_factory):
     with gzip.open(raw / "t10k-labels-idx1-ubyte.gz", "wb") as file:
         file.write(b"corrupt")
     torch.save({"experiment": "pca_gd", "config": {}}, tmp / "other.pt")
+    old = {"experiment": "train_fc_alae", "config": {"renamed_since": 1}}
+    torch.save(old, tmp / "old.pt")
     return tmp
 
 

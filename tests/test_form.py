@@ -1,13 +1,15 @@
 """The main functions of trained experiments are one text, but for lines marked '# its own'."""
 
 import ast
+import importlib
 import re
 import sys
+from dataclasses import fields
 from difflib import SequenceMatcher
 from pathlib import Path
 
 import pytest
-from test_smoke import FILES
+from test_smoke import EXPERIMENTS, FILES
 
 TRAINED = [path for path in FILES if "run.epochs(" in path.read_text()]
 
@@ -55,6 +57,18 @@ def test_an_experiment_imports_nothing_of_ours_but_shared_and_that_before_torch(
         assert names.index("shared") < names.index("torch")
     packages = {"torch", "torchvision", "numpy", "scipy", "matplotlib", "tqdm", "PIL", "shared"}
     assert set(names) <= packages | set(sys.stdlib_module_names)
+
+
+COUNTS = {"eval_every", "batch_size", "k", "latent_dim", "critic_steps", "hidden_D"}  # not 0
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_number_has_a_least_value_and_counts_are_not_0(name):
+    for option in fields(importlib.import_module(name).Config):
+        low, argument = option.metadata["low"], option.metadata["argument"]
+        if type(option.default) in (int, float) and not argument["choices"]:
+            assert low is not None and low <= option.default, option.name
+            assert low > 0 or not (option.name in COUNTS or option.name == "lr"), option.name
 
 
 def test_no_public_repository_is_called_by_a_number_of_ours():
