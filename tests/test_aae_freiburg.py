@@ -415,6 +415,13 @@ def test_drawing_leaves_the_nets_alone(labels, monkeypatch):
     assert run.names == names
 
 
+def test_a_code_of_fewer_dimensions_is_one_of_the_first():
+    config, data, y = aae.Config(latent_dim=7), toy_data(), torch.empty(1, 0)
+    run, z = fake_run(start(config, 0)[0].eval(), config), torch.randn(4, 5)
+    whole = torch.cat([z, torch.zeros(4, 2)], 1)
+    assert aae.decode(run, data, z, y).equal(aae.decode(run, data, whole, y))
+
+
 def test_animations_are_small_and_show_the_codes_they_name(tmp_path):
     """With a P of noise, which compresses worst."""
     config, data = aae.Config(labels=True), toy_data()
