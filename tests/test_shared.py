@@ -66,7 +66,7 @@ def test_svm_is_the_optimum_of_liblinears_primal():
 
 def test_knn_against_all_distances():
     (x, y), (x_test, y_test) = blobs(300, 0), blobs(1100, 1)
-    x, x_test = x + 100, x_test + 100  # far from the origin, where ‖a‖² − 2ab would lose digits
+    x, x_test = x + 1000, x_test + 1000  # far from the origin, where ‖a‖² − 2ab would lose digits
     nearest = torch.cdist(x_test.double(), x.double()).argmin(1)
     expected = 100 * (y[nearest] == y_test).double().mean().item()
     assert classifiers.knn_accuracy(x, y, x_test, y_test) == pytest.approx(expected, abs=1e-4)
@@ -80,6 +80,24 @@ def test_classifiers_are_fitted_on_training_features_and_scored_on_test_features
     accuracy = getattr(classifiers, f"{kind}_accuracy")
     assert accuracy(x, y, x, y) > 99
     assert accuracy(x, y, x, (y + 1) % 3) < 1
+
+
+@pytest.mark.parametrize("kind", ["knn", "svm", "mlp"])
+def test_a_test_row_is_judged_whatever_the_other_test_rows_are(kind):
+    accuracy = getattr(classifiers, f"{kind}_accuracy")
+    (x, y), (x_test, y_test) = blobs(300, 0), blobs(400, 1)
+    far = 1000 * x_test + 50
+    both = accuracy(x, y, torch.cat([x_test, far]), y_test.repeat(2))
+    each = accuracy(x, y, x_test, y_test), accuracy(x, y, far, y_test)
+    assert both == pytest.approx(sum(each) / 2)
+
+
+def test_mlp_does_not_depend_on_the_unit_of_a_feature():
+    (x, y), (x_test, y_test) = blobs(300, 0), blobs(400, 1)
+    unit = 2.0 ** torch.arange(-5, 15)
+    expected = classifiers.mlp_accuracy(x, y, x_test, y_test)
+    found = classifiers.mlp_accuracy(unit * x, y, unit * x_test, y_test)
+    assert found == pytest.approx(expected, abs=0.5)
 
 
 def test_mlp_leaves_the_random_state_alone_and_is_the_same_each_time():
@@ -169,6 +187,22 @@ def test_labels_stay_with_their_images(split, splits):
             assert shared.lenet.identity(data.images(x[part]), y[part]) > 98
 
 
+@pytest.mark.parametrize("split", ["sw", "val"])
+def test_a_split_does_not_depend_on_the_seed_and_a_smoke_run_has_its_first_images(split, splits):
+    data, few = splits[split], shared.load_data(Config(split=split, seed=3, smoke=True), CPU)
+    assert few.x_train.equal(data.x_train[:2000]) and few.y_train.equal(data.y_train[:2000])
+    assert few.x_test.equal(data.x_test[:1000]) and few.y_test.equal(data.y_test[:1000])
+
+
+def test_colours_are_channels(tmp_path):
+    for i in range(100):
+        Image.new("RGB", (9, 9), (i, 100 + i, 255 - i)).save(tmp_path / f"{i:02}.png")
+    data = shared.load_data(Config(dataset=f"folder:{tmp_path}", batch_size=10), CPU, size=8)
+    red, green, blue = (255 * data.images(data.x_train)).round().unbind(1)
+    assert data.shape == (3, 8, 8) and len(red.unique()) == len(data.x_train) > 80
+    assert green.equal(100 + red) and blue.equal(255 - red)
+
+
 def test_own_pictures_are_cropped_and_split_without_loss(tmp_path):
     for i in range(120):
         Image.fromarray(np.full((40, 30, 3), 2 * i, np.uint8)).save(tmp_path / f"{i:03}.png")
@@ -185,14 +219,16 @@ def test_batches_visit_each_image_once_and_again_the_same():
     assert first.equal(shared.batches(x, 10, 0, 1))
     assert not first.equal(shared.batches(x, 10, 0, 2))
     assert not first.equal(shared.batches(x, 10, 1, 1))
+    assert not shared.batches(x, 10, 0, 2).equal(shared.batches(x, 10, 1, 1))
+    assert shared.batches(x, 10, 1, 1) is shared.batches(x, 10, 1, 1), "drawn once for an epoch"
 
 
 def test_step_batches_go_through_the_epochs_row_by_row():
-    x, config = torch.zeros(50, 1), Config(batch_size=10, eval_every=4)  # 5 steps an epoch
+    x, config = torch.zeros(50, 1), Config(seed=2, batch_size=10, eval_every=4)  # 5 an epoch
     rows = [list(shared.step_batches(x, config, end)) for end in (4, 8, 10)]
     found = rows[0] + rows[1] + rows[2]
     assert [step for step, _ in found] == list(range(1, 11))
-    epochs = torch.cat([shared.batches(x, 10, 0, epoch) for epoch in (0, 1)])
+    epochs = torch.cat([shared.batches(x, 10, 2, epoch) for epoch in (0, 1)])
     assert torch.stack([i for _, i in found]).equal(epochs)
 
 
@@ -231,7 +267,28 @@ def test_how_threads_wait_is_left_to_a_user_who_says_so(name, value, monkeypatch
     assert {key: os.environ[key] for key in settings if key in os.environ} == {name: value}
 
 
+def test_hardware_names_the_processor_its_cores_and_the_threads(monkeypatch):
+    known = shared.Path("/proc/cpuinfo")
+    if known.exists() and "cpu family" in known.read_text():
+        told = dict(line.split("\t", 1) for line in known.read_text().splitlines() if "\t" in line)
+        for fact in ("model name", "cpu family", "model"):
+            assert told[fact].strip(" :\t") in shared.hardware(CPU)
+    monkeypatch.setattr(os, "cpu_count", lambda: 77)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 33)
+    assert shared.hardware(CPU).endswith(", 77 cores, 33 threads")
+
+
 # Options and a run
+
+
+def test_epochs_are_due_every_eval_every_but_the_last_is_not():
+    run = object.__new__(shared.Run)
+    run.config, run.total, due = Config(eval_every=3), 9, []
+    for epoch in range(1, 10):
+        run.epoch = epoch
+        if run.is_due():
+            due.append(epoch)
+    assert due == [3, 6]
 
 
 def test_presets_replace_defaults_and_the_command_line_replaces_presets():
@@ -246,6 +303,20 @@ def test_a_summary_names_the_setting_by_what_is_not_usual(cheap, tmp_path, monke
     summary = json.loads((tmp_path / "train_fc_alae/a/summary.json").read_text())
     assert summary["setting"] == "smoke True, preset fast, lr 0.001"
     assert summary["seed"] == 4 and summary["epochs"] == 0
+
+
+def test_what_is_logged_is_in_the_summary_while_the_run_goes_on(
+    cheap, few_images, tmp_path, monkeypatch
+):
+    summaries = []
+
+    def read(run, *_):
+        summaries.append(json.loads((run.dir / "summary.json").read_text()))
+
+    monkeypatch.setattr(shared.Run, "save", read)
+    train(monkeypatch, train_fc_alae, "--epochs", 1, "--batch-size", 400, "--out-dir", tmp_path)
+    assert summaries[0]["status"] == "running" and summaries[0]["epochs"] == 1
+    assert summaries[0]["train/L_adv_ED"] > 0
 
 
 def test_a_loss_that_turns_nan_stops_the_run_within_100_steps(tmp_path, monkeypatch, capsys):
