@@ -56,6 +56,7 @@ NAMES = {  # of metrics, in the order of columns
     "digit_min": "rarest digit %",
     "grad_norm_G": "‖gradient of G‖",
     "train/L_rec": "L_rec, last epoch",
+    "train/L_prior": "L_prior, last epoch",
 }
 LINEAR = "linear_autoencoder", "linear_alae", "linear_latent_regressor"
 NONLINEAR = "autoencoder_mnist", "latent_regressor_mnist", "bigan_mnist", "alae_mnist"
