@@ -208,8 +208,12 @@ def encode(Enc, x, data, config):
 
 def decode(Dec, z, data):
     """Dec(z) (N, C, S, S) of codes z (N, Z), antialiased, as vectors (N, X) in [0, 1]."""
-    x = interpolate(shared.chunked(Dec, z, 250), data.shape[1:], mode="bicubic", antialias=True)
-    return (x.flatten(1).clamp(-1, 1) + 1) / 2
+
+    def to_pixels(part):
+        x = interpolate(Dec(part), data.shape[1:], mode="bicubic", antialias=True)
+        return (x.flatten(1).clamp(-1, 1) + 1) / 2
+
+    return shared.chunked(to_pixels, z, 250)
 
 
 def sample_prior(n, config, device):

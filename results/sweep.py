@@ -26,26 +26,29 @@ from shared import ROOT, fail
 
 from wandb.sdk.launch.sweeps import utils
 
-COMMAND = ["${env}", "python", "${program}", "${args_no_boolean_flags}"]  # in every sweep file
 RUNNING = []  # processes; some have ended
 
 
 def expand(path):
     """A sweep file's runs, {name: command}, as W&B's grid and agent make them."""
-    sweep = utils.load_sweep_config(str(path)) or {}
-    if sweep.get("method") != "grid" or sweep.get("command") != COMMAND:
-        fail(f"{path}: not a sweep file with 'method: grid' and 'command: {COMMAND}'")
-    choices = [p.get("values", [p.get("value")]) for p in sweep["parameters"].values()]
+    sweep = utils.load_sweep_config(str(path))
+    if not sweep or sweep.get("method") != "grid":
+        fail(f"{path}: not a sweep file with 'method: grid'")
+    parameters = sweep["parameters"]
+    choices = [p.get("values", [p.get("value")]) for p in parameters.values()]
+    macros = {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [sweep["program"]]}
     commands = {}
     for values in itertools.product(*choices):
-        words, args = [path.stem], {}
-        for (name, parameter), value in zip(sweep["parameters"].items(), values, strict=True):
+        words, args = [Path(path).stem], {}
+        for name, value in zip(parameters, values, strict=True):
             args[name] = {"value": value}
-            if "values" in parameter:
+            if "values" in parameters[name]:
                 words.append(value if isinstance(value, str) else f"{name}{value}")
-        options = utils.create_sweep_command_args({"args": args})["args_no_boolean_flags"]
-        name = "-".join(words).replace("/", "-")
-        commands[name] = ["/usr/bin/env", "python", sweep["program"], *options]
+        macros |= utils.create_sweep_command_args({"args": args})
+        command = []
+        for part in utils.create_sweep_command(sweep.get("command")):
+            command += macros[part[2:-1]] if part.startswith("${") else [part]
+        commands["-".join(words).replace("/", "-")] = command
     return commands
 
 
@@ -67,20 +70,21 @@ def is_done(folder, command):
 
 def train(folder, command):
     """Trains a run, or goes on with it; returns its exit code. Its words go to a log."""
-    if (folder / "checkpoint.pt").exists():
-        command = [*command[:3], "--resume", str(folder / "checkpoint.pt")]
-        print(f"{folder.name} goes on", flush=True)
+    checkpoint = folder / "checkpoint.pt"
+    if checkpoint.exists():
+        program = itertools.takewhile(lambda word: not word.startswith("--"), command)
+        command = [*program, "--resume", str(checkpoint)]
     else:
         shutil.rmtree(folder, ignore_errors=True)  # stopped before its first epoch was over
-        print(f"{folder.name} starts", flush=True)
+    print(f"{folder.name} {'goes on' if '--resume' in command else 'starts'}", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    log = Path(f"{folder}.log")
-    with log.open("a") as file:
-        how = {"cwd": ROOT, "stdout": file, "stderr": file, "start_new_session": True}
+    with open(f"{folder}.log", "a+") as log:
+        how = {"cwd": ROOT, "stdout": log, "stderr": log, "start_new_session": True}
         process = subprocess.Popen(command, **how)
         RUNNING.append(process)
         code = process.wait()
-    last = log.read_text().splitlines()[-1:]
+        log.seek(0)
+        last = log.read().splitlines()[-1:]
     print(f"{folder.name} ended with code {code}: {''.join(last)}", flush=True)
     return code
 
@@ -92,7 +96,8 @@ def main(options):
     todo = {}
     for path in options.files:
         for name, command in expand(path).items():
-            folder = options.out_dir.absolute() / Path(command[2]).stem / name
+            program = next(word for word in command if word.endswith(".py"))
+            folder = options.out_dir.absolute() / Path(program).stem / name
             if not is_done(folder, command):
                 todo[folder] = [*command, *options.more, "--out-dir", out_dir, "--run-name", name]
     print(f"{len(todo)} runs to do", flush=True)
@@ -118,7 +123,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = fail
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="sweep files")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="sweep files")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--out-dir", type=Path, default=Path("runs"), help="(default: runs)")
     parser.add_argument("--dry", action="store_true", help="print the commands that are to do")
