@@ -7,7 +7,7 @@ the latents w (§3, §4.1). Algorithm 1, each step on fresh z ~ N(0, I), with an
     II.  F, G  minimise  softplus(−D(E(G(F(z)))))
     III. E, G  minimise  ‖F(z) − E(G(F(z)))‖²
 
-    python step2_gan/alae_mnist.py                # 20 epochs, 15 to 18 minutes on one CPU core
+    python step2_gan/alae_mnist.py                # 20 epochs, 25 minutes on one CPU core
     python step2_gan/alae_mnist.py --epochs 600   # the official code's length
 
 Expect (seeds 0, 1, test images): MSE 0.023, SVM short 92.6 ± 0.9 %, identity 93.1 ± 0.5 %.

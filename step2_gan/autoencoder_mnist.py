@@ -6,7 +6,7 @@
     vae     E −log p(x | z) + KL(q(z | x) ‖ N(0, I)),  z = μ + s ε,  q = N(μ, diag s²),
             (μ, log s²) = E(x)  (arXiv 1312.6114, eq. 10; p Bernoulli, of grey values)
 
-    python step2_gan/autoencoder_mnist.py               # AE(l2), 20 epochs, 4 minutes on one core
+    python step2_gan/autoencoder_mnist.py               # AE(l2), 20 epochs, 6 minutes on one core
     python step2_gan/autoencoder_mnist.py --loss vae    # the VAE that gan_mnist.py is compared with
     python step2_gan/autoencoder_mnist.py --loss bce --noise 0.5
 

@@ -8,7 +8,7 @@ all nets updated at once on the same batch:
     D     minimises  L_D  = softplus(−D(x, E(x))) + softplus(D(G(z), z))
     E, G  minimise   L_EG = softplus(D(x, E(x))) + softplus(−D(G(z), z))  (§3.4: labels exchanged)
 
-    python step2_gan/bigan_mnist.py               # 25 epochs, 11 minutes on one CPU core
+    python step2_gan/bigan_mnist.py               # 25 epochs, 14 minutes on one CPU core
     python step2_gan/bigan_mnist.py --split sw --epochs 400          # as long as the paper
 
 Expect (--split sw, 25 epochs, seeds 0, 1): 1-NN short / long 95.3 ± 0.5 / 96.1 ± 0.3 %; the README

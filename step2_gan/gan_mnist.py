@@ -9,7 +9,7 @@ G minimises its own:
     wgan_gp         D: D(G(z)) − D(x) + λ (‖∇ D(x̂)‖ − 1)²     G: −D(G(z))  (1704.00028; with
                     five steps of D for each of G's; x̂ = ε x + (1 − ε) G(z), ε ~ U[0, 1])
 
-    python step2_gan/gan_mnist.py                   # 20 epochs, 7 to 10 minutes on one CPU core
+    python step2_gan/gan_mnist.py                   # 20 epochs, 13 minutes on one CPU core
     python step2_gan/gan_mnist.py --preset r1
 
 Expect (20 epochs): LeNet-FID 7.1 (seed 0) and 22.2 (seed 1), each digit at least 7.9 % of samples.

@@ -9,7 +9,7 @@ on the same batch:
     G  minimises  L_adv_G = softplus(−D(G(z)))  [+ ¼ L_err_E with --joint]
     E  minimises  L_err_E = BCE(σ(E(G(z))), (z + 1)/2), mean over the dimensions of z
 
-    python step2_gan/latent_regressor_mnist.py           # LR, 25 epochs, 9 minutes on one CPU core
+    python step2_gan/latent_regressor_mnist.py           # LR, 25 epochs, 14 minutes on one CPU core
     python step2_gan/latent_regressor_mnist.py --joint   # JLR
     python step2_gan/latent_regressor_mnist.py --split sw --epochs 400      # as long as the paper
 

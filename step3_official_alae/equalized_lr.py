@@ -15,7 +15,7 @@ this is what is equalized. Under plain Adam it is lr √(fan_in/2): wide layers 
 Here the FC ALAE is trained in all three ways and by plain Adam, as in train_fc_alae.py, from the
 same w, on the same x and z; the raw weights are evaluated.
 
-    python step3_official_alae/equalized_lr.py     # 11 minutes on one CPU core
+    python step3_official_alae/equalized_lr.py     # 8 minutes on one CPU core
 
 Expect (seed 0): in float64 the three part by at most 9·10⁻¹⁴ with ε = 10⁻³⁰, by 0.37 with 10⁻⁸.
 """
