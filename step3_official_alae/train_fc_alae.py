@@ -29,6 +29,7 @@ Deviations from the paper (P) or the official code (O: github.com/podgorskiy/ALA
  8. --preset fast is ours: four times the learning rate on half the batch, falling to 0 over the
     second half of the training, a sigmoid behind G, and a tenth of L_err. --preset signed: the
     same on x ∈ [−1, 1], with a tanh, three tenths of L_err and a rate that ends at four tenths.
+    --preset shallow: signed with two layers in F instead of six.
 """
 
 import copy
@@ -47,11 +48,13 @@ from torch.nn.functional import softplus
 
 RATE = {"lr": 0.008, "batch_size": 64, "decay": 0.5}
 FAST = RATE | {"epochs": 50, "output": "bounded", "err_weight": 0.1}
+SIGNED = FAST | {"input_range": "11", "err_weight": 0.3, "lr_end": 0.4}
 PRESETS = {
     "official": {},
     "mnist-ref": {"mapping": "none", "slope": 0.01, "eval_weights": "raw"},  # deviation 3
     "fast": FAST,
-    "signed": FAST | {"input_range": "11", "err_weight": 0.3, "lr_end": 0.4},
+    "signed": SIGNED,
+    "shallow": SIGNED | {"mapping_layers": 2},  # without F 1-NN is best: rate-bounded-identity
     # The way from official to fast, and what else the paper leaves open: changes to RATE
     "rate": RATE,
     "rate-critic-mlp": RATE | {"critic": "mlp"},
@@ -86,8 +89,9 @@ class Config(shared.Protocol):
         0.2, "leaky slope in G and on E's output (net.py; mnist_ref: 0.01)", low=0
     )
     mapping: str = option(
-        "mlp", "F: six layers after pixel norm, that alone, or nothing", ("mlp", "identity", "none")
+        "mlp", "F: layers after pixel norm, that alone, or nothing", ("mlp", "identity", "none")
     )
+    mapping_layers: int = option(6, "layers of F (mnist_fc.yaml)", low=1)
     critic: str = option("linear", "D: linear, as official, or with leaky ReLU", ("linear", "mlp"))
     output: str = option("linear", "G's, or bounded by a sigmoid or tanh", ("linear", "bounded"))
     eval_weights: str = option("ema", "evaluate the averaged or the raw weights", ("raw", "ema"))
@@ -118,7 +122,7 @@ def build(config, X):
     if config.mapping != "none":
         F.append(nn.RMSNorm(Z, eps=1e-8, elementwise_affine=False))  # pixel norm
     if config.mapping == "mlp":
-        for _ in range(6):
+        for _ in range(config.mapping_layers):
             F += [Linear(Z, Z, lrmul=0.1), leaky]
     G = [Linear(Z, H), leaky_out, Linear(H, H), leaky_out, Linear(H, X)]
     if config.output == "bounded":
