@@ -25,6 +25,8 @@ def test_the_nets_have_the_official_sizes():
     nets = alae.build(alae.Config(), 784)
     sizes = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
     assert sizes == {"F": 15_300, "G": 1_905_424, "E": 1_904_690, "D": 5_151}
+    shallow = alae.build(alae.Config(**alae.PRESETS["shallow"]), 784)
+    assert sum(p.numel() for p in shallow["F"].parameters()) == 2 * 2550
 
 
 def test_weights_start_at_he_and_biases_at_zero():
