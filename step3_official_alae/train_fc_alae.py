@@ -54,7 +54,7 @@ PRESETS = {
     "mnist-ref": {"mapping": "none", "slope": 0.01, "eval_weights": "raw"},  # deviation 3
     "fast": FAST,
     "signed": SIGNED,
-    "shallow": SIGNED | {"mapping_layers": 2},  # without F 1-NN is best: rate-bounded-identity
+    "shallow": SIGNED | {"mapping_layers": 2},  # better codes soon, not in the end
     "minutes": SIGNED | {"mapping_layers": 4, "epochs": 6, "precision": "bf16"},
     # The way from official to fast, and what else the paper leaves open: changes to RATE
     "rate": RATE,
