@@ -186,6 +186,26 @@ def test_what_the_semi_supervised_evaluate_measures(cluster, monkeypatch):
     assert metrics["eval/error"] == pytest.approx(100 * wrong.item(), abs=1e-4)
     empty = set(range(K)) - set(test_y.argmax(1).tolist())
     assert metrics.get("eval/empty_clusters") == (len(empty) if cluster else None)
+    if cluster:
+        with torch.no_grad():
+            D_y = nets["D_y"](torch.eye(K)).sigmoid()[:, 0].tolist()
+        filled = [D_y[k] for k in range(K) if k not in empty]
+        assert empty and metrics["eval/D_filled"] == pytest.approx(sum(filled) / len(filled))
+        rest = sum(D_y) - sum(filled)
+        assert metrics["eval/D_empty"] == pytest.approx(rest / len(empty))
+
+
+def test_norm_y_normalises_each_logit_over_the_batch_and_leaves_z():
+    config, x = semi.Config(cluster=7, norm_y=4.0, noise=0.0), torch.rand(50, 784)
+    nets = semi_start(config, 7)[0]
+    plain = semi_start(semi.Config(cluster=7, noise=0.0), 7)[0]
+    outputs, before = nets["Q"](x), plain["Q"](x)
+    torch.testing.assert_close(outputs[:, 7:], before[:, 7:])
+    mean, std = before[:, :7].mean(0), before[:, :7].std(0, correction=0)
+    torch.testing.assert_close(
+        outputs[:, :7], 4 * (before[:, :7] - mean) / std, rtol=1e-3, atol=1e-3
+    )
+    assert size(nets["Q"]) == size(plain["Q"])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import importlib
 
 import shared
 
+import bf16_rules
 import pytest
 import torch
 import train_fc_alae as alae
@@ -82,3 +83,55 @@ def test_a_processor_without_such_products_is_told_and_runs_fp32(monkeypatch, ca
     config = alae.Config(precision="bf16", device="cpu")
     shared.setup(config)
     assert config.precision == "fp32" and "fp32 it is" in capsys.readouterr().err
+
+
+RULES = {  # what else than `ours` a rule has in fp32 (32), in bf16 (16), or in both (48)
+    "fp32": {"G": 32, "G's end": 32, "E": 32, "E's end": 32},
+    "ours": {},
+    "outputs-fp32": {"G's end": 32, "E's end": 32},
+    "r1-fp32": {"E": 48, "E's end": 48},
+    "F-D-bf16": {"F": 16, "D": 16},
+    "one-context": {},
+    "whole-step": {"F": 16, "D": 16},
+    "rounded-weights": {"G": 32, "G's end": 32, "E": 32, "E's end": 32},
+}
+
+
+@pytest.mark.parametrize("preset", bf16_rules.PRESETS)
+def test_a_rule_of_the_study_changes_what_it_says(preset, monkeypatch):
+    for name in ("build", "train_step", "L_adv_ED"):
+        monkeypatch.setattr(alae, name, getattr(alae, name))  # to be put back
+    losses, seen = {}, {}
+
+    def training(config):
+        torch.manual_seed(0)
+        nets = alae.build(config, 64)
+        layers = {"F": nets["F"][1], "D": nets["D"][0], "G": nets["G"][0], "E": nets["E"][0]}
+        layers |= {"G's end": nets["G"][4], "E's end": nets["E"][4]}
+        for name, layer in layers.items():
+            kinds = seen.setdefault(name, set())
+            layer.register_forward_hook(lambda net, x, out, to=kinds: to.add(out.dtype))
+        opt_ED = alae.LREQAdam(nets["E"], nets["D"], lr=config.lr)
+        opt_FG = alae.LREQAdam(nets["F"], nets["G"], lr=config.lr)
+        losses.update(alae.train_step(nets, opt_ED, opt_FG, torch.rand(32, 64), config))
+
+    monkeypatch.setattr(alae, "main", training)
+    options = bf16_rules.PRESETS[preset] | {"preset": preset, "lr": 0.05, "latent_dim": 10}
+    bf16_rules.main(bf16_rules.Config(**options))
+    expected = {"F": 32, "D": 32, "G": 16, "G's end": 16, "E": 16, "E's end": 16} | RULES[preset]
+    kinds = {16: {torch.bfloat16}, 32: {torch.float32}, 48: {torch.bfloat16, torch.float32}}
+    assert seen == {name: kinds[bits] for name, bits in expected.items()}
+    blind = losses["L_adv_FG"] > 0.5  # Step II does not see how Step I has moved the critic
+    assert blind == (preset in ("one-context", "whole-step")), losses["L_adv_FG"]
+
+
+def test_a_rounded_layer_multiplies_by_bf16_weights_and_keeps_their_gradient():
+    layer = bf16_rules.Rounded(4, 3)
+    x, exact = torch.rand(2, 4), layer.weight.detach().clone()
+    out = layer(x)
+    torch.testing.assert_close(out, x @ exact.bfloat16().float().T)
+    assert (out - x @ exact.T).abs().max() > 1e-4
+    out.sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(3, 4))
+    layer.requires_grad_(False)
+    assert torch.equal(layer(x), nn.functional.linear(x, exact, layer.bias))
