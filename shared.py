@@ -28,7 +28,9 @@ from typing import NamedTuple
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "2000"
 
-from assets import classifiers, lenet, pca  # noqa: F401 (pca is for step 1)
+from assets import classifiers, lenet, pca  # noqa: F401 (for the experiments)
+from assets.classifiers import code_metrics  # noqa: F401
+from assets.lenet import image_metrics  # noqa: F401
 
 import numpy as np
 import torch
@@ -45,9 +47,6 @@ OF_THE_MACHINE = {"device", "data_dir", "out_dir", "run_name", "wandb", "resume"
 BESIDE_RESUME = {"resume", "epochs", "device", "data_dir", "wandb"}  # options that it takes
 BESIDE_EVAL = OF_THE_MACHINE | {"dataset", "split", "smoke", "eval_weights"}
 NO_SETTING = OF_THE_MACHINE | {"epochs", "eval_every", "seed", "dataset", "split"}
-
-code_metrics = classifiers.code_metrics
-image_metrics = lenet.image_metrics
 
 
 def fail(message, code=2):
@@ -76,7 +75,7 @@ class Protocol:
     device: str = option("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
     dataset: str = option("mnist", f"{', '.join(DATASETS)} or folder:PATH, your own pictures")
     data_dir: str = option("", "folder of the datasets, as torchvision has it (default: data/)")
-    split: str = option("dw", "the test images: see shared.load_data", ("dw", "sw", "val"))
+    split: str = option("dw", "test images: dw official, else a sixth", ("dw", "sw", "val"))
     out_dir: str = option("runs", "a run is written to OUT_DIR/<experiment>/<run-name>")
     run_name: str = option("", "name of the run (default: time and seed)")
     eval_every: int = option(5, "epochs between cheap evaluations, and pictures", low=1)
@@ -105,8 +104,11 @@ def parse_config(Config, presets=None, argv=None):
     defaults = (presets or {}).get(given.get("preset", getattr(Config, "preset", "")), {})
     path = given.get("resume") or given.get("eval")
     if path:
-        defaults = load_checkpoint(path, Config)["config"]
+        checkpoint = load_checkpoint(path, Config)
+        defaults = checkpoint["config"]
         beside = BESIDE_RESUME if "resume" in given else BESIDE_EVAL
+        if "random" not in checkpoint:  # a model.pt: one kind of weights
+            beside = beside - {"eval_weights"}
         if defaults.get("decay"):  # the learning rate falls towards the last epoch
             beside = beside - {"epochs"}
         for name in sorted(given.keys() - beside):
@@ -166,9 +168,7 @@ def fastest_exact_matmul(device):
 
 def products(config, device):
     """A context for each optimizer's step: products and convolutions in bf16, if config says so.
-
-    Casts of weights are kept until no context is around any more: take none inside another.
-    """
+    None inside another: casts of weights are kept until no context is around any more."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
@@ -218,8 +218,8 @@ class Data(NamedTuple):
 def load_data(config, device, size=64):
     """Data of config.dataset and config.split; pictures of a folder become squares of that size.
 
-    dw tests on the official test images, sw on a sixth of the training images, val on another
-    sixth, to choose hyperparameters; always the same ones. A folder's dw is its sw.
+    Tests on: dw the official test images, sw a sixth of the training images, val, for choices,
+    another sixth; 60,000, 50,000, 40,000 images of MNIST train. A folder's dw is its sw.
     """
     name, limit = config.dataset, 2000 if config.smoke else 10**9
     if name.startswith("folder:"):
@@ -326,12 +326,12 @@ class Run:
         self.total = getattr(config, f"{self.unit}s")
         self.module = sys.modules[type(config).__module__]
         self.file = Path(self.module.__file__)
-        self.epoch, self.saved, self.bar = 0, {}, tqdm(disable=True)
+        self.bar = tqdm(disable=True)
         self.history = {"commands": [], "commits": [], "images_seen": 0, "wall_s": 0.0}
         self.history |= {"id": os.urandom(4).hex(), "rows": []}
-        if config.resume or config.eval:
-            self.saved = load_checkpoint(config.resume or config.eval, type(config))
-            self.epoch = self.saved["epoch"]
+        path = config.resume or config.eval
+        self.saved = load_checkpoint(path, type(config)) if path else {}
+        self.epoch = self.saved.get("epoch", 0)
         if config.resume:
             if "random" not in self.saved or self.epoch > self.total:
                 fail(f"{config.resume} has {self.epoch} {self.unit}s, or is a trained model")
@@ -355,10 +355,10 @@ class Run:
     def _facts(self, device):
         """Where the numbers come from; each process that takes part adds its command and commit."""
         git = "git describe --always --dirty --abbrev=40 --exclude='*'"  # '' where there is no git
-        told = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True)
+        answer = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True)
         words = ["python", f"{self.file.parent.name}/{self.file.name}", *sys.argv[1:]]
         self.history["commands"].append(shlex.join(words))
-        self.history["commits"].append(told.stdout.strip())
+        self.history["commits"].append(answer.stdout.strip())
         values, usual = asdict(self.config), asdict(type(self.config)())
         if "preset" in usual:
             usual |= self.module.PRESETS[self.config.preset]
@@ -422,7 +422,7 @@ class Run:
 
     @property
     def progress(self):
-        """Share of the epochs that is behind us, for schedules."""
+        """Share of the training that is behind us, where config has epochs; for schedules."""
         return (self.epoch - 1 + self.step_in_epoch / self.steps) / self.total
 
     def step(self, losses, images):

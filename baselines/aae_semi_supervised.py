@@ -31,9 +31,7 @@ Deviations from the paper, whose appendix with the details could not be read aga
  5. The labelled images of a batch are drawn with replacement.
  6. A cluster gets its class from a training image, where the paper takes a validation image.
  7. L_rec is the mean over pixels, and P ends in a sigmoid.
- 8. --norm-y 4 (ours, off by default) normalises y's logits over the batch before the softmax. A
-    cluster whose logit is low for all images gets hardly any gradient and stays empty; with it,
-    each cluster has images that prefer it.
+ 8. --norm-y 4 (ours, off) normalises y's logits over the batch: no cluster's is low for all images.
 """
 
 import sys
@@ -96,8 +94,8 @@ class NormLogits(nn.Module):
         return torch.cat([self.s * self.norm(y), z], 1)
 
 
-def hidden(n, m, batch_norm=False):
-    """Layer, norm, ReLU."""
+def layers(n, m, batch_norm=False):
+    """A linear layer, batch norm if wanted, ReLU."""
     norm = [nn.BatchNorm1d(m)] if batch_norm else []
     return [nn.Linear(n, m), *norm, nn.ReLU()]
 
@@ -109,13 +107,13 @@ def build(config, X, K):
 
     def D(n):
         M = config.hidden_D
-        return shared.Float32(*hidden(n, M), *hidden(M, M), nn.Linear(M, 1))
+        return shared.Float32(*layers(n, M), *layers(M, M), nn.Linear(M, 1))
 
     last = nn.Linear(N, K + Z)
     if config.norm_y:
         last = nn.Sequential(last, NormLogits(K, config.norm_y))
-    Q = [Noise(config.noise), *hidden(X, N, norm), *hidden(N, N, norm), last]
-    P = [*hidden(K + Z, N), *hidden(N, N), nn.Linear(N, X)]
+    Q = [Noise(config.noise), *layers(X, N, norm), *layers(N, N, norm), last]
+    P = [*layers(K + Z, N), *layers(N, N), nn.Linear(N, X)]
     nets = {"Q": nn.Sequential(*Q), "P": nn.Sequential(*P), "D_y": D(K), "D_z": D(Z)}
     return nn.ModuleDict(nets)
 
@@ -233,15 +231,16 @@ def class_of_each(y, data, config):
 
 
 def evaluate(nets, data, config, full=False):
-    """A code, and so the short features, is (y, z)."""
+    """A code, and so the short features, is (y, z). D_y_filled and D_y_empty: how real D_y thinks
+    the one-hot y of a cluster with test images, or without."""
     nets.eval()
     Q, P = nets["Q"], nets["P"]
 
-    def encode(hidden):
-        return torch.cat(code(Q[-1:], hidden, config), 1)
+    def encode(part):
+        return torch.cat(code(Q[-1:], part, config), 1)
 
     long = [shared.chunked(Q[:-1], x) for x in (data.x_train, data.x_test)]
-    train, test = [shared.chunked(encode, hidden) for hidden in long]
+    train, test = [shared.chunked(encode, part) for part in long]
     x_rec = shared.chunked(P, test).sigmoid()
     x_fake = shared.chunked(P, prior(len(data.x_test), test, config)).sigmoid()
     metrics = shared.image_metrics(data, x_rec, x_fake)
@@ -256,10 +255,10 @@ def evaluate(nets, data, config, full=False):
         if config.cluster:
             empty = entries.bincount(minlength=config.cluster) == 0
             metrics["eval/empty_clusters"] = empty.sum().item()
-            D_y = shared.chunked(nets["D_y"], torch.eye(config.cluster).to(y_test)).sigmoid()
-            metrics["eval/D_filled"] = D_y[~empty].mean().item()
+            real = shared.chunked(nets["D_y"], torch.eye(config.cluster).to(y_test)).sigmoid()
+            metrics["eval/D_y_filled"] = real[~empty].mean().item()
             if empty.any():
-                metrics["eval/D_empty"] = D_y[empty].mean().item()
+                metrics["eval/D_y_empty"] = real[empty].mean().item()
     nets.train()
     return metrics
 

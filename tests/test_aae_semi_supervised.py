@@ -190,9 +190,9 @@ def test_what_the_semi_supervised_evaluate_measures(cluster, monkeypatch):
         with torch.no_grad():
             D_y = nets["D_y"](torch.eye(K)).sigmoid()[:, 0].tolist()
         filled = [D_y[k] for k in range(K) if k not in empty]
-        assert empty and metrics["eval/D_filled"] == pytest.approx(sum(filled) / len(filled))
+        assert empty and metrics["eval/D_y_filled"] == pytest.approx(sum(filled) / len(filled))
         rest = sum(D_y) - sum(filled)
-        assert metrics["eval/D_empty"] == pytest.approx(rest / len(empty))
+        assert metrics["eval/D_y_empty"] == pytest.approx(rest / len(empty))
 
 
 def test_norm_y_normalises_each_logit_over_the_batch_and_leaves_z():

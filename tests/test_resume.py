@@ -125,7 +125,7 @@ CHANGES = [  # what may be said beside each, and is then so
 def test_what_may_be_said_beside_resume_and_eval(way, changes, tmp_path):
     module = importlib.import_module("train_fc_alae")
     own = module.Config(lr=0.5, epochs=3, out_dir="far", run_name="r", resume="a", device="mps")
-    content = {"experiment": "train_fc_alae", "config": asdict(own)}
+    content = {"experiment": "train_fc_alae", "config": asdict(own), "random": 0}
     torch.save(content, tmp_path / "c.pt")
     argv = [f"--{way}", str(tmp_path / "c.pt")]
     for name, value in changes.items():
@@ -137,8 +137,8 @@ def test_what_may_be_said_beside_resume_and_eval(way, changes, tmp_path):
 
 
 @pytest.mark.parametrize("way", ("resume", "eval"))
-@pytest.mark.parametrize("name", ("eval_every", "seed", "preset", "decay"))
-def test_what_may_not_be_said_beside_resume_and_eval(way, name, tmp_path, capsys):
+@pytest.mark.parametrize("name", ("eval_every", "seed", "preset", "decay", "eval_weights"))
+def test_what_may_not_be_said_beside_resume_and_a_trained_model(way, name, tmp_path, capsys):
     module = importlib.import_module("train_fc_alae")
     config = module.Config()
     torch.save({"experiment": "train_fc_alae", "config": asdict(config)}, tmp_path / "c.pt")
