@@ -64,14 +64,15 @@ PRESETS = {
     "critic-linear": {"critic": "linear"},  # blind on centred data
     "no-floor": {"floor": 0.0},  # A may lose a direction
     "critic-mlp": {"critic": "mlp"},  # sees more than second moments
-    "no-decay": {"decay": 0.0},  # every whitened subspace is at rest
-    "decay-quarter": {"decay": 0.0125},
-    "decay-times-4": {"decay": 0.2},
+    "no-decay": {"decay": 0.0},  # nor a floor, φν; every whitened subspace is at rest
+    "no-decay-floor": {"decay": 1e-6, "floor": 3500.0},  # the floor φν alone
+    "decay-quarter": {"decay": 0.0125},  # and a quarter of the floor
+    "decay-times-4": {"decay": 0.2},  # and four times the floor
     "unscaled": {"scale": 1.0},  # at k = 10 λ₁λ_{k+1} is then 5.7, not 0.2
     "mapping-linear": {"mapping": "linear"},  # F is learned, as in the paper
     "gamma-0": {"gamma": 0.0},  # nothing damps the game
     "gamma-10": {"gamma": 10.0},  # the paper's; 8γν is not below 1
-    "penalty-unit": {"gamma": 10.0, "penalty": "unit"},  # the student's
+    "penalty-unit": {"gamma": 10.0, "penalty": "unit"},  # the student's, to compare with gamma-10
     "tangent": {"adversarial": "tangent"},  # the loss of the argument above
     "lr-critic-times-4": {"lr_critic": 0.004},  # D as fast as the maps
     "lr-constant": {"lr_end": 1.0},  # Adam keeps shaking
@@ -103,7 +104,7 @@ class Config(shared.Protocol):
 
 
 class Quadratic(nn.Module):
-    """D(w) = wᵀAw − c, A = BᵀB + floor I."""
+    """D(w) = wᵀAw − c, A = BᵀB + floor I, for w (B, k); floor: φν."""
 
     def __init__(self, k, floor):
         super().__init__()
