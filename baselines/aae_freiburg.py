@@ -297,7 +297,7 @@ def main(config):
     opts, plateaus = optimizers(nets, config)
     parts = {"nets": nets, **opts, **plateaus}
 
-    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)  # its own
+    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)
     for epoch in run.epochs(parts):
         losses = GUESSING  # its own
         for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):

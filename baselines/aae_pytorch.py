@@ -215,7 +215,7 @@ def main(config):
     opts = optimizers(nets, config)
     parts = {"nets": nets, **opts}
 
-    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)  # its own
+    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)
     for epoch in run.epochs(parts):
         for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
             losses = train_step(nets, opts, data.x_train[i], config)  # its own

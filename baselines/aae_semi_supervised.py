@@ -319,7 +319,7 @@ def main(config):
     opts = optimizers(nets, config)
     parts = {"nets": nets, **opts}
 
-    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)  # its own
+    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)
     for epoch in run.epochs(parts):
         for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
             set_rates(opts, config, run.progress)  # its own

@@ -307,7 +307,7 @@ def main(config):
     opts = {name: RMSprop(net.parameters(), config.lr, config.alpha) for name, net in nets.items()}
     parts = {"nets": nets} | {f"opt_{name}": opt for name, opt in opts.items()}
 
-    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)  # its own
+    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)
     for epoch in run.epochs(parts):
         for opt in opts.values():  # its own
             opt.param_groups[0]["lr"] = config.lr * config.lr_decay ** (epoch - 1)  # its own

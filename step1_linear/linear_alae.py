@@ -20,7 +20,7 @@ E = Λ^(−½)Vᵀ whitens, and GE is its projector. R1 only stretches: GᵀG = 
 inverse, as long as 8γν < 1; here that is 0.2.
 Of these eigenspaces PCA's is the stable one in the gradient flow, linearised: a turn of eᵢ from
 eigenvector i inside towards j outside, and of gᵢ, moves by (ė, ġ) = ν (λᵢ(λⱼ e − g), λᵢ e − g),
-which dies out if λᵢ > λⱼ and λᵢλⱼ < 1.
+which dies out if λᵢ > λⱼ and λᵢλⱼ < 1. (Adam arrives beyond the second, too: --preset unscaled.)
 On the way there an eigenvalue of BᵀB may fall to 0 and stay, since B's gradient vanishes with B: on
 Fashion-MNIST D goes blind in a direction and E misses one. So A = BᵀB + φνI: D sees them all, and
 as long as φ < λ_k (1 − 8γν) nothing changes at rest.
@@ -36,7 +36,7 @@ Deviations from the paper:
     ⟨‖x‖²⟩ = k.
  2. Each step has an Adam of its own; in the paper one is for (E, D) and one for (F, G).
  3. The learning rates fall linearly to 1 %, since Adam with β₁ = 0 keeps shaking the weights by
-    about lr. D's is smaller, for k = 50. γ is 0.5, not 10: 8γν < 1.
+    about lr. D's is smaller: README.md. γ is 0.5, not 10: 8γν < 1.
  4. G starts at 0. Without the floor that is needed (README.md), with it PyTorch's weights do.
  5. --preset student: autoencoders.py of github.com/ariel415el/LabProject-ALAE. Its penalty,
     γ/2 (‖∇ₓD‖ − 1)², is not convex in a and pulls ‖a‖ to 1: what is said above of a linear critic
@@ -245,11 +245,10 @@ def evaluate(nets, data, config, full=False):
 
 
 def draw(run, data, config):
-    """At the end: components and reconstructions, beside PCA's."""
-    if config.eval or not run.is_due():
-        title = f"Linear ALAE, {config.dataset}, k = {config.k}, step {run.epoch}"
-        for name, x, rows in shared.pca.pictures(data, *maps(run.nets)):
-            run.picture(name, shared.grid(data.images(x), len(x) // len(rows), title, rows))
+    """Components and reconstructions, beside PCA's; at the end alone."""
+    title = f"Linear ALAE, {config.dataset}, k = {config.k}, step {run.epoch}"
+    for name, x, rows in shared.pca.pictures(data, *maps(run.nets)):
+        run.picture(name, shared.grid(data.images(x), len(x) // len(rows), title, rows))
 
 
 def main(config):
@@ -269,8 +268,7 @@ def main(config):
             run.step(losses, len(i))
         run.log_losses()
         if run.is_due():
-            run.log(evaluate(run.nets, data, config))
-            draw(run, data, config)
+            run.log(evaluate(run.nets, data, config))  # its own
         run.save(parts)
     metrics = evaluate(run.nets, data, config, full=True)
     draw(run, data, config)

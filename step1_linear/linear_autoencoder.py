@@ -80,11 +80,10 @@ def evaluate(nets, data, config, full=False):
 
 
 def draw(run, data, config):
-    """At the end: components and reconstructions, beside PCA's."""
-    if config.eval or not run.is_due():
-        title = f"Linear AE ({config.loss}), {config.dataset}, k = {config.k}, step {run.epoch}"
-        for name, x, rows in shared.pca.pictures(data, *maps(run.nets)):
-            run.picture(name, shared.grid(data.images(x), len(x) // len(rows), title, rows))
+    """Components and reconstructions, beside PCA's; at the end alone."""
+    title = f"Linear AE ({config.loss}), {config.dataset}, k = {config.k}, step {run.epoch}"
+    for name, x, rows in shared.pca.pictures(data, *maps(run.nets)):
+        run.picture(name, shared.grid(data.images(x), len(x) // len(rows), title, rows))
 
 
 def main(config):
@@ -104,8 +103,7 @@ def main(config):
             run.step(losses, len(i))
         run.log_losses()
         if run.is_due():
-            run.log(evaluate(run.nets, data, config))
-            draw(run, data, config)
+            run.log(evaluate(run.nets, data, config))  # its own
         run.save(parts)
     metrics = evaluate(run.nets, data, config, full=True)
     draw(run, data, config)

@@ -161,7 +161,7 @@ def main(config):
     optimizer = torch.optim.Adam(nets.parameters(), config.lr, fused=True)
     parts = {"nets": nets, "optimizer": optimizer}
 
-    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)  # its own
+    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)
     for epoch in run.epochs(parts):
         for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
             losses = train_step(nets, optimizer, data.x_train[i], config)  # its own

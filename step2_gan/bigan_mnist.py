@@ -205,7 +205,7 @@ def main(config):
     opt_EG = adam([*nets["E"].parameters(), *nets["G"].parameters()])
     parts = {"nets": nets, "opt_D": opt_D, "opt_EG": opt_EG}
 
-    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)  # its own
+    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)
     for epoch in run.epochs(parts):
         for optimizer in (opt_D, opt_EG):  # its own
             optimizer.param_groups[0]["lr"] = learning_rate(config, epoch)  # its own

@@ -216,7 +216,7 @@ def main(config):
     opt_D, opt_G, opt_E = adam(nets["D"]), adam(nets["G"]), adam(nets["E"])
     parts = {"nets": nets, "opt_D": opt_D, "opt_G": opt_G, "opt_E": opt_E}
 
-    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)  # its own
+    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)
     for epoch in run.epochs(parts):
         for optimizer in (opt_D, opt_G, opt_E):  # its own
             optimizer.param_groups[0]["lr"] = learning_rate(config, epoch)  # its own

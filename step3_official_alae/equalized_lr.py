@@ -254,7 +254,7 @@ def main(config):
     parts = {"nets": nets} | opts
     torch.manual_seed(config.seed)
 
-    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)  # its own
+    run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)
     for epoch in run.epochs(parts):
         for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
             if run.step_in_epoch == run.steps - 1:  # its own

@@ -307,7 +307,7 @@ def main(config):
     parts = {"nets": nets, "averaged": averaged, "opt_ED": opt_ED, "opt_FG": opt_FG}
     evaluated = averaged if config.eval_weights == "ema" else nets
 
-    run = shared.Run(config, device, evaluated, len(x_train) // config.batch_size)
+    run = shared.Run(config, device, evaluated, len(x_train) // config.batch_size)  # its own
     for epoch in run.epochs(parts):
         for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
             lr = learning_rate(config, run.progress)  # its own
