@@ -33,7 +33,7 @@ def lenet(device, trained=True):
 
 @torch.no_grad()
 def judge(net, images):
-    """LeNet, or a part of it, on any images: grey, at 28×28, clipped to [0, 1]."""
+    """LeNet, or a part of it, on images (N, C, H, W), made grey, 28×28, clipped to [0, 1]."""
     if images.shape[-1] != 28:
         images = interpolate(images, (28, 28), mode="bilinear", antialias=True)
     images = images.mean(1, keepdim=True).clamp(0, 1)
@@ -46,12 +46,13 @@ def digits(images):
 
 
 def identity(images, y):
-    """% of reconstructions (N, C, H, W) to which LeNet gives the true label."""
+    """% of reconstructions (N, C, H, W) to which LeNet gives the true label y (N,)."""
     return 100 * (digits(images) == y).sum().item() / len(y)
 
 
 def fid(real, fake):
-    """LeNet-FID: ‖μ − μ'‖² + tr(C + C' − 2(CC')^½) of 84 features; comparable with itself alone."""
+    """LeNet-FID of images (M, C, H, W) and (N, C, H, W): ‖μ − μ'‖² + tr(C + C' − 2(CC')^½) of 84
+    features; comparable with itself alone."""
     features = lenet(real.device)[:-1]
     f, g = (judge(features, images).cpu().double().numpy() for images in (real, fake))
     C, D = np.cov(f.T), np.cov(g.T)
@@ -61,7 +62,8 @@ def fid(real, fake):
 
 
 def image_metrics(data, x_rec=None, x_fake=None):
-    """Of reconstructions of the test images (M, X), and of samples; LeNet judges MNIST alone."""
+    """Of reconstructions x_rec of the test images (M, X), and of samples x_fake (N, X); LeNet
+    judges MNIST alone."""
     metrics, by_lenet = {}, data.name == "mnist"
     if x_rec is not None:
         metrics["eval/recon_mse"] = (data.x_test - x_rec.clamp(0, 1)).square().mean().item()

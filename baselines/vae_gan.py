@@ -7,7 +7,7 @@ tells x from x̃ and from samples x_p = Dec(z_p):
     L_prior = KL(q(z | x) ‖ N(0, I))                                                       (eq. 4)
     L_llike = ‖Dis_l(x) − Dis_l(x̃)‖², Gaussian with identity covariance              (eqs. 7, 8)
     L_GAN   = −log Dis(x) − log(1 − Dis(x̃)) − log(1 − Dis(x_p)),  z_p ~ N(0, I)          (eq. 10)
-    Algorithm 1: Enc minimises L_prior + L_llike, Dec γ L_llike − L_GAN, Dis L_GAN, all at once.
+    Algorithm 1: Enc minimises L_prior + γ_E L_llike, Dec γ L_llike − L_GAN, Dis L_GAN, at once.
 
     python baselines/vae_gan.py                  # small nets on a CPU, the published on a GPU
     python baselines/vae_gan.py --init pytorch   # the kept run
@@ -18,7 +18,7 @@ Expect (CPU, --init pytorch, seed 0): MSE 0.0100, identity 97.9 %, LeNet-FID 122
 
 Deviations from the paper (P) and the public code, R: github.com/rishabhd786/VAE-GAN-PYTORCH:
  1. P: eq. 5 has L_GAN as a log-likelihood, algorithm 1 descends it for Dis; here its negative.
-    P sums L_prior and L_llike over features and codes; here means, as R has them.
+    P sums L_prior and L_llike over features and codes, and has γ_E = 1; R and here: means, 5.
  2. R steps Dis, runs it anew to step Dec, and all three nets anew to step Enc: ten passes of Dis.
     Here, as in algorithm 1, one pass serves all three, and no weight moves before its last use.
  3. R: Dis ends in a sigmoid; here softplus(−l) = −log σ(l) of its logit l.
@@ -136,7 +136,7 @@ def kl(mu, log_var):
 
 
 def L_llike(f, f_rec):
-    """Mean of (f − f_rec)²."""
+    """Mean over batch and features of (f − f_rec)²."""
     return (shared.fp32(f) - shared.fp32(f_rec)).square().mean()
 
 
@@ -175,7 +175,7 @@ def train_step(nets, opts, x, config):
     (ask_z,) = grad(fakes[0], [z], config.gamma_enc * ask_rec, retain_graph=True)
     # Dec: γ L_llike − L_GAN
     descend(opts["Dec"], grad(fakes, [*Dec.parameters()], [config.gamma * ask_rec - g_rec, -g_p]))
-    # Enc: L_prior + L_llike; the largest net comes last, when memory of the other graphs is free.
+    # Enc: L_prior + γ_E L_llike; the largest net comes last, when the other graphs are freed.
     descend(opts["Enc"], grad([prior, z], [*Enc.parameters()], [None, ask_z]))
     return {"L_prior": prior.detach(), "L_llike": llike.detach(), "L_GAN": gan.detach()}
 

@@ -2,8 +2,9 @@
 
     python results/sweep.py step3_official_alae/sweeps/bf16_rules.yaml --workers 2
 
-Each preset but the first two differs from `ours`, which is train_fc_alae.py's --precision bf16, in
-one thing; `whole-step` in all that a plain autocast around train_step would do.
+`ours` is train_fc_alae.py's --precision bf16. `outputs-fp32` to `one-context` differ from it in one
+thing, `whole-step` in all that a plain autocast around train_step does; `rounded-weights` differs
+from `fp32` in one.
 """
 
 import sys
@@ -64,9 +65,11 @@ def in_one_context(nets, opt_ED, opt_FG, x, config):
 def L_adv_ED_fp32(D, E, x, x_fake, gamma):
     """Its part of the data, R1's gradient with it, in fp32."""
     E32 = shared.Float32(*E)
-    return L_adv_ED(
-        D, lambda images: (E32 if images.requires_grad else E)(images), x, x_fake, gamma
-    )
+
+    def encode(images):
+        return E32(images) if images.requires_grad else E(images)
+
+    return L_adv_ED(D, encode, x, x_fake, gamma)
 
 
 def build_by_rule(config, X):

@@ -1,7 +1,7 @@
 """Linear latent regressors, LR and joint LR: a GAN of matrices and an encoder that inverts it.
 
 G: z → x, E: x → z are matrices, z ~ N(0, I), x (d) is centred with covariance Σ = VΛVᵀ; D: x → ℝ.
-As BiGAN's authors define them (arXiv 1605.09782 §4), everything updated once per iteration:
+As BiGAN's authors define them (arXiv 1605.09782 §4), each updated once per iteration:
 
     D   minimises  softplus(D(G z)) + softplus(−D(x)) + γ/2 ‖∇ₓ D(x)‖²
     G   minimises  softplus(−D(G z)), and in joint LR also a quarter of E's error

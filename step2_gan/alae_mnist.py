@@ -22,7 +22,7 @@ github.com/podgorskiy/ALAE):
  3. Equalized learning rate as in PGGAN: weights ŵ ~ N(0, 1), scaled at run time by the He constant
     of their layer, under torch.optim.Adam; the code's LREQAdam is the same in effect, but for ε.
  4. D is a network, with leaky ReLU between its layers; the code's D is a product of three matrices.
- 5. E ends in a linear layer, so that w is unbounded; the code's E ends in a leaky ReLU.
+ 5. E ends in a linear layer; the code's E ends in a leaky ReLU, as F does in both.
  6. Learning rate 0.004 and batch 64: leads found on test images, then tried on val in runs that
     are not kept. The code has 0.002 and 128.
 What the paper leaves open is the code's: pixel norm of z, F's six layers, the lower learning rate

@@ -1,9 +1,11 @@
 """Autoencoders that do compare pixels, with ALAE's E and G: AE(l1), AE(l2), a denoising one, a VAE.
 
-    l1, l2  min over E, G  E ‖x − G(E(x + σ ε))‖₁ or ‖·‖₂², ε ~ N(0, I)  (table 1; σ > 0: denoising)
+⟨·⟩ is a mean over the data:
+
+    l1, l2  min over E, G  ⟨‖x − G(E(x + σ ε))‖₁ or ‖·‖₂²⟩, ε ~ N(0, I); σ > 0: denoising  (table 1)
     bce     the same with the cross-entropy of pixels in [0, 1] and a sigmoid behind G, as
             github.com/fducau/AAE_pytorch has it
-    vae     E −log p(x | z) + KL(q(z | x) ‖ N(0, I)),  z = μ + s ε,  q = N(μ, diag s²),
+    vae     ⟨−log p(x | z)⟩ + KL(q(z | x) ‖ N(0, I)),  z = μ + s ε,  q = N(μ, diag s²),
             (μ, log s²) = E(x)  (arXiv 1312.6114, eq. 10; p Bernoulli, of grey values)
 
     python step2_gan/autoencoder_mnist.py               # AE(l2), 20 epochs, 6 minutes on one core

@@ -20,8 +20,8 @@ Deviations from the papers:
     RMSprop 1e-4. WGAN-GP has its paper's 1e-4 but β₂ 0.999, not 0.9; that preset has no kept run.
  2. By default D has spectral normalization (1802.05957), which came after these losses; 0.002 was
     chosen with it. The presets without it have 0.001, as sweeps/gan_losses.yaml.
- 3. z ~ N(0, I) with 50 dimensions, as in the other files. G has batch norm, D has none: either
-    penalty is one image's own.
+ 3. z ~ N(0, I) with 50 dimensions, as in the other files. G has batch norm, D has none: so
+    each penalty depends on one image alone.
  4. Samples come from an average of G's weights, as in PGGAN and ALAE (--eval-weights raw).
  5. 1406.2661 itself has maxout and dropout in D, and SGD with momentum.
 """

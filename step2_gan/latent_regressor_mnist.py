@@ -124,10 +124,10 @@ def train_step(nets, opt_D, opt_G, opt_E, x, config):
         x_seen = x_fake.detach()
         if config.joint:  # a quarter of the gradient reaches G (train_mnist.sh)
             x_seen = x_seen + 0.25 * (x_fake - x_seen)
-        z_rec = shared.fp32(E(x_seen))  # (B, Z), logits
+        logits = shared.fp32(E(x_seen))  # (B, Z)
     loss_D = L_adv_D(real, fake)
     loss_G = L_adv_G(fake)
-    loss_E = L_err_E(z_rec, z)
+    loss_E = L_err_E(logits, z)
 
     opt_D.zero_grad()
     opt_G.zero_grad()

@@ -12,15 +12,17 @@ step on fresh z ~ N(0, I):
     python step3_official_alae/train_fc_alae.py --preset fast               # ours, 50 epochs
     python step3_official_alae/train_fc_alae.py --eval assets/fc_alae.pt    # the trained model
 
-Expect (seed 0, test images): official LeNet-FID 146, identity 88.6 %; fast 3.4 and 95.3 %; signed
+Expect (seed 0, test images): official LeNet-FID 148, identity 88.4 %; fast 3.4 and 95.3 %; signed
 2.4 and 94.4 %.
 
 Deviations from the paper (P) or the official code (O: github.com/podgorskiy/ALAE, mnist_fc.yaml):
  1. P: "Adam"; O and here: LREQAdam, Adam with β1 = 0 whose step has each layer's He constant.
  2. P: Step III updates E and G; O and here: its optimizers hold D and F as well. F moves (only the
     target w is detached); D gets zero gradients, which shrink its second moment.
+    P: L_err is a squared norm; O and here its mean over the dimensions of w.
  3. O: the main branch trains on x ∈ [−1, 1]; here [0, 1] (--input-range), as in O's branch for the
-    paper's MNIST section. That branch also has leaky slope 0.01 in G and on E's output (--slope).
+    paper's MNIST section. That branch has leaky slope 0.01 in G and on E's output (--slope) and,
+    at its head, F(z) = z and features and pictures of the raw weights: --preset mnist-ref.
  4. O: 400 to 600 epochs; here 20 by default, which fit a CPU.
  5. O: D has 50 outputs, of which the first is used; here it has that one.
  6. O: the averaged weights start at a second random initialization; here at the first.
@@ -54,7 +56,7 @@ PRESETS = {
     "mnist-ref": {"mapping": "none", "slope": 0.01, "eval_weights": "raw"},  # deviation 3
     "fast": FAST,
     "signed": SIGNED,
-    "shallow": SIGNED | {"mapping_layers": 2},  # better codes soon, not in the end
+    "shallow": SIGNED | {"mapping_layers": 2},  # more identity soon, not in the end
     "minutes": SIGNED | {"mapping_layers": 4, "epochs": 6, "precision": "bf16"},
     # The way from official to fast, and what else the paper leaves open: changes to RATE
     "rate": RATE,
@@ -90,7 +92,7 @@ class Config(shared.Protocol):
         0.2, "leaky slope in G and on E's output (net.py; mnist_ref: 0.01)", low=0
     )
     mapping: str = option(
-        "mlp", "F: layers after pixel norm, that alone, or nothing", ("mlp", "identity", "none")
+        "mlp", "F: layers after pixel norm, pixel norm, or F(z) = z", ("mlp", "identity", "none")
     )
     mapping_layers: int = option(6, "layers of F (mnist_fc.yaml)", low=1)
     critic: str = option("linear", "D: linear, as official, or with leaky ReLU", ("linear", "mlp"))
