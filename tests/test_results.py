@@ -400,7 +400,7 @@ def test_a_figure_shows_the_runs_of_a_sweep_as_it_shows_the_one_run_that_had_all
 
 def test_the_ablation_is_drawn_from_the_worst_to_the_best():
     found = figures.study(ROOT / "results", "linear_alae", "ablation")
-    assert len(found) == 17 and all(len(seeds) == 3 for seeds in found.values())
+    assert len(found) == 18 and all(len(seeds) == 3 for seeds in found.values())
     labels = [
         text.get_text()
         for text in figures.linear_ablation(ROOT / "results").axes[0].get_yticklabels()
