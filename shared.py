@@ -2,7 +2,7 @@
 
 Networks, losses, optimizers, schedules and the order of updates stay in the experiments. Their main
 functions end in the same loop; a line that only some have is marked `# its own`. What measures
-images and features is in assets/: lenet.py, classifiers.py, and pca.py for linear maps.
+images and features is in assets/: lenet.py, classifiers.py, prior.py, and pca.py for linear maps.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from typing import NamedTuple
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "2000"
 
-from assets import classifiers, lenet, pca  # noqa: F401 (for the experiments)
+from assets import classifiers, lenet, pca, prior  # noqa: F401 (for the experiments)
 from assets.classifiers import code_metrics  # noqa: F401
 from assets.lenet import image_metrics  # noqa: F401
 

@@ -40,7 +40,7 @@ from shared import option
 
 import torch
 from torch import nn
-from torch.nn.functional import avg_pool2d, normalize, one_hot, pad, softplus
+from torch.nn.functional import avg_pool2d, one_hot, pad, softplus
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -69,7 +69,9 @@ class Config(shared.Protocol):
     bn_momentum: float = option(0.1, "weight of a batch in the running statistics", low=0)
     sums: bool = option(True, "sum L_rec over batch and pixels (january), or its mean (head)")
     one_pass: bool = option(False, "all gradients from one pass (head), or in phases (january)")
-    rule: str = option("current", "batch that the balance looks at", ("current", "before"))
+    rule: str = option(
+        "current", "the balance looks at this batch, or the last", ("current", "before")
+    )
     optimizer: str = option("adam", "of january; rmsprop: of head", ("adam", "rmsprop"))
     lr: float = option(2e-4, "learning rate for reconstruction (january; head: 5e-5)", low=1e-9)
     lr_D: float = option(2e-4, "of D (january; head: 5e-5)", low=1e-9)
@@ -160,9 +162,10 @@ def train_step(nets, opts, x, y, config, before):
         with shared.products(config, x.device):
             z_fake = torch.cat([Q(x), y], 1)
     loss_D = L_D(D, z, z_fake.detach())
+    judged = before
     if config.rule == "current":
-        before = {"L_D": loss_D.item(), "L_Q": L_Q(D, z_fake.detach()).item()}
-    trains_D, trains_Q = balance(before)
+        judged = {"L_D": loss_D.item(), "L_Q": L_Q(D, z_fake.detach()).item()}
+    trains_D, trains_Q = balance(judged)
     if trains_D:
         opts["D"].zero_grad()
         loss_D.backward()
@@ -206,13 +209,6 @@ def turns(n, y):
     return torch.eye(max(y.shape[1], 1), device=y.device).repeat(n, 1)[:n, : y.shape[1]]
 
 
-def sliced_wasserstein(a, b):
-    """Mean over 200 directions of the 1-Wasserstein distance between projections of (N, Z)."""
-    generator = torch.Generator().manual_seed(0)
-    theta = normalize(torch.randn(a.shape[1], 200, generator=generator), dim=0).to(a)
-    return ((a @ theta).sort(0).values - (b @ theta).sort(0).values).abs().mean().item()
-
-
 def evaluate(nets, data, config, full=False):
     nets.eval()
     Q, P = nets["Q"], nets["P"]
@@ -227,9 +223,7 @@ def evaluate(nets, data, config, full=False):
     if full:
         metrics |= shared.code_metrics(data, *(hidden.flatten(1) for hidden in long), "long")
     draws = [sample_prior(z_test, config, seed) for seed in range(1, 9)]
-    codes = {"": [z_test] * 4, "_floor": draws[::2], "_train": [z_train[: len(z_test)]] * 4}
-    for name, z in codes.items():  # from four draws of p(z); the floor is that of such draws
-        metrics[f"eval/prior_gap{name}"] = sum(map(sliced_wasserstein, z, draws[1::2])) / 4
+    metrics |= shared.prior.gaps(z_train, z_test, draws)
     nets.train()
     return metrics
 
@@ -263,7 +257,8 @@ def movie(run, name, images, frames):
     """The images (frames · n · n, C, H, W), n × n at a time, as <name>.gif of a few shades."""
     sheets = []
     for part in images.cpu().chunk(frames):
-        sheet = make_grid((15 * part).round(), math.isqrt(len(part)), padding=0)  # (3, n H, n W)
+        shades = (15 * part).round()  # 16 of them keep the file small
+        sheet = make_grid(shades, math.isqrt(len(part)), padding=0)  # (3, n H, n W)
         sheets.append(to_pil_image(sheet.mul(17).byte()).quantize(64))
     first, *others = sheets
     how = {"save_all": True, "append_images": others, "duration": 100, "loop": 0}
@@ -275,7 +270,8 @@ def animate(run, data, config):
     run.nets.eval()
     y = given_labels(data, config)[1]
     time, axis, zero = torch.linspace(-3, 3, 10), torch.linspace(-1.8, 1.8, 5), torch.zeros(1)
-    z = torch.cartesian_prod(time, axis, axis, axis, axis)[:, [0, 1, 3, 2, 4]]
+    z = torch.cartesian_prod(time, axis, axis, axis, axis)
+    z = z[:, [0, 1, 3, 2, 4]]  # z₂ and z₃ place a block of 25 images, z₄ and z₅ an image in it
     movie(run, "grid", avg_pool2d(decode(run, data, z, y[:1]), 2), 10)
     z = torch.cat([torch.cartesian_prod(time, axis, axis, zero, zero).roll(i, 1) for i in range(5)])
     movie(run, "dimensions", decode(run, data, z, y[:1]), 50)

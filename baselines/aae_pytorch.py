@@ -34,7 +34,7 @@ from shared import option
 import torch
 from matplotlib.figure import Figure
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits, normalize, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 PRESETS = {
     "readme": {},
@@ -151,13 +151,6 @@ def optimizers(nets, config):
     return opts
 
 
-def sliced_wasserstein(a, b):
-    """Mean over 200 directions of the 1-Wasserstein distance between projections of (N, Z)."""
-    generator = torch.Generator().manual_seed(0)
-    theta = normalize(torch.randn(a.shape[1], 200, generator=generator), dim=0).to(a)
-    return ((a @ theta).sort(0).values - (b @ theta).sort(0).values).abs().mean().item()
-
-
 def evaluate(nets, data, config, full=False):
     nets.eval()
     Q, P = nets["Q"], nets["P"]
@@ -170,9 +163,7 @@ def evaluate(nets, data, config, full=False):
     if full:
         metrics |= shared.code_metrics(data, *long, "long")
     draws = [sample_prior(z_test, config, seed) for seed in range(1, 9)]
-    codes = {"": [z_test] * 4, "_floor": draws[::2], "_train": [z_train[: len(z_test)]] * 4}
-    for name, z in codes.items():  # from four draws of p(z); the floor is that of such draws
-        metrics[f"eval/prior_gap{name}"] = sum(map(sliced_wasserstein, z, draws[1::2])) / 4
+    metrics |= shared.prior.gaps(z_train, z_test, draws)
     nets.train()
     return metrics
 

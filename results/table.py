@@ -106,29 +106,37 @@ def cell(metric, values):
     return mean_std(values, digits)
 
 
+def sections(run, metrics):
+    """{section: {metric: value}} of a run: eval, and what else it measured. Of chosen metrics:
+    those of eval, and losses by their whole names, all as one section."""
+    found = {"eval": {}}
+    for key, value in run.items():
+        section, _, metric = key.rpartition("/")
+        if metrics:
+            name = metric if section == "eval" else key
+            if name in metrics:
+                found["eval"][name] = value
+        elif section and not re.match(DETAILS, key):
+            found.setdefault(section, {})[metric] = value
+    return found
+
+
 def lines_of(runs, label, metrics):
-    """[(the row's head, {metric: cell})] of runs of one setting: eval, and what else they measured;
-    or of chosen metrics, which eval has, or of a loss by its whole name."""
-    sections = {"eval": {}}
+    """[(the row's head, {metric: cell})] of runs of one setting, one for each of their sections."""
+    values = {}
     for run in runs:
-        for key in run:
-            section, _, metric = key.rpartition("/")
-            if metrics:
-                metric = metric if section == "eval" else key
-                section = "eval" if metric in metrics else ""
-            elif re.match(DETAILS, key):
-                section = ""
-            if section:
-                sections.setdefault(section, {}).setdefault(metric, []).append(run[key])
+        for section, measured in sections(run, metrics).items():
+            for metric, value in measured.items():
+                values.setdefault(section, {}).setdefault(metric, []).append(value)
     names = {"eval": label, "pixels": "raw pixels"}
     names["untrained"] = f"untrained encoder of {runs[0]['experiment']}"
     lines = []
-    for section, numbers in sections.items():
-        cells = {metric: cell(metric, values) for metric, values in numbers.items()}
+    for section, numbers in values.items():
+        cells = {metric: cell(metric, of_seeds) for metric, of_seeds in numbers.items()}
         if cells and not any(cells.items() <= other.items() for _, other in lines):  # new
             duration = "0 epochs" if section in ("pixels", "untrained") else length(runs[0])
             data = f"{runs[0]['dataset']} {runs[0]['split']}"
-            n = max(len(values) for values in numbers.values())
+            n = max(len(of_seeds) for of_seeds in numbers.values())
             lines.append(([names.get(section, section), duration, data, str(n)], cells))
     return lines
 

@@ -316,19 +316,19 @@ def test_the_prior_is_cut_at_2_and_a_seed_leaves_the_random_numbers_alone():
 def prior_gap(z, config):
     """As evaluate averages it: the distance to four draws of p(z), and of these to others."""
     draws = [aae.sample_prior(z, config, seed) for seed in range(1, 9)]
-    gap = sum(aae.sliced_wasserstein(z, draw) for draw in draws[1::2]) / 4
+    gap = sum(shared.prior.sliced_wasserstein(z, draw) for draw in draws[1::2]) / 4
     pairs = zip(draws[::2], draws[1::2], strict=True)
-    return gap, sum(aae.sliced_wasserstein(a, b) for a, b in pairs) / 4
+    return gap, sum(shared.prior.sliced_wasserstein(a, b) for a, b in pairs) / 4
 
 
 def test_sliced_wasserstein_and_the_floor():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 500, 1, generator=generator) * torch.tensor([[[1.0]], [[2.0]]])
     expected = wasserstein_distance(a[:, 0].numpy(), b[:, 0].numpy() + 1)
-    assert aae.sliced_wasserstein(a, b + 1) == pytest.approx(expected, rel=1e-5)
+    assert shared.prior.sliced_wasserstein(a, b + 1) == pytest.approx(expected, rel=1e-5)
     shift = torch.tensor([3.0, 4.0])  # E |θ·shift| = ‖shift‖ 2/π for a direction θ in the plane
     a = torch.randn(500, 2)
-    assert aae.sliced_wasserstein(a, a + shift) == pytest.approx(10 / math.pi, rel=0.1)
+    assert shared.prior.sliced_wasserstein(a, a + shift) == pytest.approx(10 / math.pi, rel=0.1)
     config = aae.Config(latent_dim=2)
     z = aae.sample_prior(torch.empty(1000, 0), config, 99)
     gap, floor = prior_gap(z, config)

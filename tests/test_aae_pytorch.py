@@ -116,9 +116,9 @@ def test_D_learns_from_codes_without_dropout_and_Q_from_codes_with_it(monkeypatc
 def prior_gap(z, config):
     """As evaluate averages it: the distance to four draws of p(z), and of these to others."""
     draws = [aae.sample_prior(z, config, seed) for seed in range(1, 9)]
-    gap = sum(aae.sliced_wasserstein(z, draw) for draw in draws[1::2]) / 4
+    gap = sum(shared.prior.sliced_wasserstein(z, draw) for draw in draws[1::2]) / 4
     pairs = zip(draws[::2], draws[1::2], strict=True)
-    return gap, sum(aae.sliced_wasserstein(a, b) for a, b in pairs) / 4
+    return gap, sum(shared.prior.sliced_wasserstein(a, b) for a, b in pairs) / 4
 
 
 def test_the_prior_and_the_distance_to_it():
@@ -131,7 +131,7 @@ def test_the_prior_and_the_distance_to_it():
     assert torch.get_rng_state().equal(before)
     shift = torch.tensor([3.0, 4.0])  # E |θ·shift| = ‖shift‖ 2/π for a direction θ in the plane
     a = torch.randn(500, 2)
-    assert aae.sliced_wasserstein(a, a + shift) == pytest.approx(10 / math.pi, rel=0.1)
+    assert shared.prior.sliced_wasserstein(a, a + shift) == pytest.approx(10 / math.pi, rel=0.1)
     z = aae.sample_prior(x[:1000], config, 99)
     gap, floor = prior_gap(z, config)
     assert gap == pytest.approx(floor, rel=1) and floor < 0.3

@@ -1,0 +1,25 @@
+"""How far codes are from the prior that they should follow, for the adversarial autoencoders."""
+
+from statistics import fmean
+
+import torch
+from torch.nn.functional import normalize
+
+
+def sliced_wasserstein(a, b):
+    """Mean over 200 directions of the 1-Wasserstein distance between projections of (N, Z)."""
+    generator = torch.Generator().manual_seed(0)
+    theta = normalize(torch.randn(a.shape[1], 200, generator=generator), dim=0).to(a)
+    return ((a @ theta).sort(0).values - (b @ theta).sort(0).values).abs().mean().item()
+
+
+def gaps(z_train, z_test, draws):
+    """Distance of codes z_test (M, Z), and of as many of z_train, to draws of the prior (M, Z):
+    means over every second of an even number. The floor is that between one half and the other."""
+    floors, draws = draws[::2], draws[1::2]
+    z_train = z_train[: len(z_test)]
+    return {
+        "eval/prior_gap": fmean(sliced_wasserstein(z_test, z) for z in draws),
+        "eval/prior_gap_floor": fmean(map(sliced_wasserstein, floors, draws)),
+        "eval/prior_gap_train": fmean(sliced_wasserstein(z_train, z) for z in draws),
+    }
