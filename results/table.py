@@ -48,6 +48,8 @@ NAMES = {  # of metrics, in the order of columns
     "mlp_acc_short": "MLP short",
     "error": "test error %",
     "empty_clusters": "empty clusters",
+    "D_y_filled": "D_y, filled",
+    "D_y_empty": "D_y, empty",
     "prior_gap": "prior gap",
     "prior_gap_floor": "its floor",
     "prior_gap_train": "prior gap of training images",
