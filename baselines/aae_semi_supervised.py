@@ -242,7 +242,7 @@ def evaluate(nets, data, config, full=False):
     long = [shared.chunked(Q[:-1], x) for x in (data.x_train, data.x_test)]
     train, test = [shared.chunked(encode, part) for part in long]
     x_rec = shared.chunked(P, test).sigmoid()
-    x_fake = shared.chunked(P, prior(len(data.x_test), test, config)).sigmoid()
+    x_fake = shared.chunked(P, fixed_codes(len(data.x_test), test, config)).sigmoid()
     metrics = shared.image_metrics(data, x_rec, x_fake)
     metrics |= shared.code_metrics(data, train, test, "short", full)
     if full:
@@ -263,7 +263,7 @@ def evaluate(nets, data, config, full=False):
     return metrics
 
 
-def prior(n, codes, config):
+def fixed_codes(n, codes, config):
     """Always the same n codes (y, z) for P, of the width of `codes`; classes take turns."""
     K = codes.shape[1] - config.latent_dim
     z = torch.randn(n, config.latent_dim, generator=torch.Generator().manual_seed(0))
@@ -284,7 +284,7 @@ def draw(run, data, config):
     def picture(name, x, columns, what):
         run.picture(name, shared.grid(data.images(x), columns, f"{title}: {what}"))
 
-    picture("samples", P(prior(100, codes, config)).sigmoid(), 10, "samples")
+    picture("samples", P(fixed_codes(100, codes, config)).sigmoid(), 10, "samples")
     x, x_rec = data.images(data.x_test[:50]), data.images(P(codes[:50]).sigmoid())
     run.picture("reconstructions", shared.pairs(x, x_rec, f"{title}: test images x and P(Q(x))"))
     rows = []

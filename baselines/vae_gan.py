@@ -216,7 +216,7 @@ def decode(Dec, z, data):
     return shared.chunked(to_pixels, z, 250)
 
 
-def sample_prior(n, config, device):
+def fixed_z(n, config, device):
     """Always the same z (n, Z)."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(n, config.latent_dim, generator=generator).to(device)
@@ -228,7 +228,7 @@ def evaluate(nets, data, config, full=False):
     Enc, Dec = nets["Enc"], nets["Dec"]
     hidden_train, mu_train = encode(Enc, data.x_train, data, config)
     hidden_test, mu_test = encode(Enc, data.x_test, data, config)
-    z = sample_prior(len(data.x_test), config, mu_test.device)
+    z = fixed_z(len(data.x_test), config, mu_test.device)
     metrics = shared.image_metrics(data, decode(Dec, mu_test, data), decode(Dec, z, data))
     metrics |= shared.code_metrics(data, mu_train, mu_test, "short", full)
     if full:
@@ -253,7 +253,7 @@ def arithmetic(nets, data, config):
 
 
 def means_of_20(losses, before):
-    """[{name: tensor ()}] of the iterations after so many → rows for shared.curves."""
+    """Losses [{name: tensor ()}] of an epoch → rows for shared.curves, after so many iterations."""
     rows = []
     for end in range(20, len(losses) + 1, 20):
         row = {"iteration": before + end}
@@ -267,7 +267,7 @@ def draw(run, data, config):
     """Samples and reconstructions; at the end latent arithmetic, and losses by iteration."""
     nets = run.nets.eval()
     title = f"{'VAE' if config.method == 'vae' else 'VAE-GAN'}, epoch {run.epoch}"
-    z, x = sample_prior(100, config, data.x_test.device), data.x_test[:50]
+    z, x = fixed_z(100, config, data.x_test.device), data.x_test[:50]
     samples = data.images(decode(nets["Dec"], z, data))
     run.picture("samples", shared.grid(samples, 10, f"{title}: samples"))
     x_rec = data.images(decode(nets["Dec"], encode(nets["Enc"], x, data, config)[1], data))

@@ -261,7 +261,7 @@ def decode(Dec, z, data):
     return shared.chunked(to_pixels, z, 250)
 
 
-def sample_prior(n, config, device):
+def fixed_z(n, config, device):
     """Always the same z (n, Z)."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(n, config.latent_dim, generator=generator).to(device)
@@ -273,7 +273,7 @@ def evaluate(nets, data, config, full=False):
     Enc, Dec = nets["Enc"], nets["Dec"]
     hidden_train, mu_train = encode(Enc, data.x_train, data, config)
     hidden_test, mu_test = encode(Enc, data.x_test, data, config)
-    z = sample_prior(len(data.x_test), config, mu_test.device)
+    z = fixed_z(len(data.x_test), config, mu_test.device)
     metrics = shared.image_metrics(data, decode(Dec, mu_test, data), decode(Dec, z, data))
     metrics |= shared.code_metrics(data, mu_train, mu_test, "short", full)
     if full:
@@ -286,7 +286,7 @@ def draw(run, data, config):
     """Samples and reconstructions."""
     nets = run.nets.eval()
     title = f"VAE-GAN with equilibrium, {config.preset}, epoch {run.epoch}"
-    z, x = sample_prior(100, config, data.x_test.device), data.x_test[:50]
+    z, x = fixed_z(100, config, data.x_test.device), data.x_test[:50]
     samples = data.images(decode(nets["Dec"], z, data))
     run.picture("samples", shared.grid(samples, 10, f"{title}: samples"))
     x_rec = data.images(decode(nets["Dec"], encode(nets["Enc"], x, data, config)[1], data))

@@ -31,6 +31,7 @@ That PCA is the optimum of a linear G against a quadratic critic is due to Feizi
  2. The ridge ρ.
  3. A squared error for E, no cross-entropy.
  4. x is scaled to the energy of z, ⟨‖x‖²⟩ = k, and the learning rates fall linearly to 1 %.
+ 5. D, G and E move one after the other, each on a fresh z; in BiGAN's code all at once.
 """
 
 import sys

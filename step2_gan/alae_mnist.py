@@ -149,7 +149,7 @@ def update_ema(averaged, nets, decay):
     torch._foreach_lerp_(list(averaged.parameters()), list(nets.parameters()), 1 - decay)
 
 
-def prior(n, config, device):
+def fixed_z(n, config, device):
     """Always the same z (n, Z)."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(n, config.latent_dim, generator=generator).to(device)
@@ -159,7 +159,7 @@ def evaluate(nets, data, config, full=False):
     F, G, E = nets["F"], nets["G"], nets["E"]
     long = [shared.chunked(E[:4], x) for x in (data.x_train, data.x_test)]
     short = [shared.chunked(E[4:], hidden) for hidden in long]
-    z = prior(len(data.x_test), config, data.x_test.device)
+    z = fixed_z(len(data.x_test), config, data.x_test.device)
     x_fake = shared.chunked(nn.Sequential(F, G), z)
     metrics = shared.image_metrics(data, shared.chunked(G, short[1]), x_fake)
     metrics |= shared.code_metrics(data, *short, "short", full)
@@ -172,7 +172,7 @@ def evaluate(nets, data, config, full=False):
 def draw(run, data, config):
     """Samples, reconstructions, and ways between two w."""
     F, G, E = run.nets["F"], run.nets["G"], run.nets["E"]
-    x, z = data.x_test[:50], prior(100, config, data.x_test.device)
+    x, z = data.x_test[:50], fixed_z(100, config, data.x_test.device)
     title = f"ALAE, epoch {run.epoch}"
 
     w = E(x)  # (50, W)

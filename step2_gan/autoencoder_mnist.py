@@ -110,7 +110,7 @@ def decode(nets, z, config):
     return out.sigmoid() if config.loss in ("bce", "vae") else out
 
 
-def prior(n, nets, data, config):
+def fitted_z(n, nets, data, config):
     """Always the same z (n, Z): N(0, I) for a VAE, else with the training codes' moments."""
     z = torch.randn(n, config.latent_dim, generator=torch.Generator().manual_seed(0))
     z = z.to(data.x_train.device)
@@ -130,7 +130,7 @@ def evaluate(nets, data, config, full=False):
     long = [shared.chunked(E[:4], x) for x in (data.x_train, data.x_test)]
     short = [shared.chunked(E[4:], hidden)[:, :Z] for hidden in long]
     x_rec = shared.chunked(to_x, short[1])
-    x_fake = shared.chunked(to_x, prior(len(data.x_test), nets, data, config))
+    x_fake = shared.chunked(to_x, fitted_z(len(data.x_test), nets, data, config))
     metrics = shared.image_metrics(data, x_rec, x_fake)
     metrics |= shared.code_metrics(data, *short, "short", full)
     if full:
@@ -146,7 +146,7 @@ def draw(run, data, config):
     def images(z):
         return data.images(decode(run.nets, z, config))
 
-    samples = images(prior(100, run.nets, data, config))
+    samples = images(fitted_z(100, run.nets, data, config))
     run.picture("samples", shared.grid(samples, 10, f"{title}: samples"))
     codes = run.nets["E"](x)[:, : config.latent_dim]  # (50, Z); of a VAE the means
     pairs = shared.pairs(data.images(x), images(codes), f"{title}: test images x and G(E(x))")

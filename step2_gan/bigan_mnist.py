@@ -150,7 +150,7 @@ def settle(nets, x_train, config):
         nets["G"](2 * torch.rand(config.batch_size, config.latent_dim, **how) - 1)
 
 
-def prior(n, config, device):
+def fixed_z(n, config, device):
     """Always the same z (n, Z)."""
     generator = torch.Generator().manual_seed(0)
     return 2 * torch.rand(n, config.latent_dim, generator=generator).to(device) - 1
@@ -164,7 +164,7 @@ def evaluate(nets, data, config, full=False):
     long = [shared.chunked(E[:5], x) for x in (data.x_train, data.x_test)]
     short = [shared.chunked(E[5:], hidden) for hidden in long]
     x_rec = shared.chunked(G, to_code(short[1]))
-    x_fake = shared.chunked(G, prior(len(data.x_test), config, data.x_test.device))
+    x_fake = shared.chunked(G, fixed_z(len(data.x_test), config, data.x_test.device))
     metrics = shared.image_metrics(data, x_rec, x_fake)
     metrics |= shared.code_metrics(data, *short, "short", full)
     if full:
@@ -178,7 +178,7 @@ def draw(run, data, config):
     """Samples, reconstructions, and ways between two codes; with evaluate's batch statistics."""
     run.nets.eval()
     G, E = run.nets["G"], run.nets["E"]
-    x, z = data.x_test[:50], prior(100, config, data.x_test.device)
+    x, z = data.x_test[:50], fixed_z(100, config, data.x_test.device)
     title = f"BiGAN, epoch {run.epoch}"
 
     run.picture("samples", shared.grid(data.images(G(z)), 10, f"{title}: samples"))

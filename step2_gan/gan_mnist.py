@@ -168,7 +168,7 @@ def update_ema(averaged, G, decay):
             averages[name].lerp_(tensor, 1 - decay)
 
 
-def prior(n, config, device):
+def fixed_z(n, config, device):
     """Always the same z (n, Z)."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(n, config.latent_dim, generator=generator).to(device)
@@ -186,7 +186,7 @@ def evaluate(nets, data, config, full=False):
     if data.name != "mnist":
         return {}
     nets.eval()
-    x_fake = shared.chunked(nets["G"], prior(10_000, config, data.x_test.device))
+    x_fake = shared.chunked(nets["G"], fixed_z(10_000, config, data.x_test.device))
     nets.train()
     metrics = shared.image_metrics(data, x_fake=x_fake)
     shares = digit_shares(data.images(x_fake))
@@ -202,7 +202,7 @@ def evaluate(nets, data, config, full=False):
 def draw(run, data, config):
     """Samples, and ways between two z."""
     run.nets.eval()
-    G, z = run.nets["G"], prior(100, config, data.x_test.device)
+    G, z = run.nets["G"], fixed_z(100, config, data.x_test.device)
     title = f"GAN ({config.loss}), epoch {run.epoch}"
     run.picture("samples", shared.grid(data.images(G(z)), 10, f"{title}: samples"))
     t = torch.linspace(0, 1, 10, device=z.device)[:, None]

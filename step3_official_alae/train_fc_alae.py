@@ -249,7 +249,7 @@ def to_pixels(x, config):
     return (x + 1) / 2 if config.input_range == "11" else x
 
 
-def prior(n, config, device):
+def fixed_z(n, config, device):
     """Always the same z (n, Z)."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(n, config.latent_dim, generator=generator).to(device)
@@ -259,7 +259,7 @@ def evaluate(nets, data, config, full=False):
     F, G, E = nets["F"], nets["G"], nets["E"]
     long = [shared.chunked(E[:4], to_x(x, config)) for x in (data.x_train, data.x_test)]
     short = [shared.chunked(E[4:], hidden) for hidden in long]
-    z = prior(len(data.x_test), config, data.x_test.device)
+    z = fixed_z(len(data.x_test), config, data.x_test.device)
     x_rec = to_pixels(shared.chunked(G, short[1]), config)
     x_fake = to_pixels(shared.chunked(nn.Sequential(F, G), z), config)
     metrics = shared.image_metrics(data, x_rec, x_fake)
@@ -273,7 +273,7 @@ def evaluate(nets, data, config, full=False):
 def draw(run, data, config):
     """Samples, reconstructions, ways between two w or two z, and along the main directions of w."""
     F, G, E = run.nets["F"], run.nets["G"], run.nets["E"]
-    x, z = data.x_test[:50], prior(10_000, config, data.x_test.device)
+    x, z = data.x_test[:50], fixed_z(10_000, config, data.x_test.device)
 
     def picture(name, w, columns, what, rows=()):
         images, title = data.images(to_pixels(G(w), config)), f"FC ALAE, epoch {run.epoch}: {what}"

@@ -109,7 +109,7 @@ def sample(module, nets, n, data, config):
     if module is alae:
         z = nets["F"](z)
     if module is ae and config.loss != "vae":
-        z = ae.prior(n, nets, data, config)  # has a test of its own
+        z = ae.fitted_z(n, nets, data, config)  # has a test of its own
     return decode(nets, z[:100], config)
 
 
@@ -225,7 +225,7 @@ def test_mode_coverage_counts_digits(monkeypatch):
         def forward(self, z):
             return four.expand(len(z), -1)
 
-    monkeypatch.setattr(gan, "prior", lambda *_: torch.zeros(300, 1))
+    monkeypatch.setattr(gan, "fixed_z", lambda *_: torch.zeros(300, 1))
     row = gan.evaluate(nn.ModuleDict({"G": Copies()}), data, config)
     share = (data.y_test == 4).double().mean()
     assert row["eval/digit_4"] == 100 and row["eval/digit_3"] == row["eval/digit_min"] == 0
@@ -614,7 +614,7 @@ def test_samples_of_an_autoencoder_have_the_codes_moments():
         if loss == "l2":
             codes = nets["E"](data.x_train).detach()
             mean, covariance = codes.mean(0), codes.T.cov()
-        drawn = ae.prior(20_000, nets, data, config)
+        drawn = ae.fitted_z(20_000, nets, data, config)
         torch.testing.assert_close(drawn.mean(0), mean, atol=0.05, rtol=0)
         torch.testing.assert_close(drawn.T.cov(), covariance, atol=0.05, rtol=0.05)
 

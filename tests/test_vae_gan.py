@@ -270,7 +270,7 @@ def test_what_evaluate_measures(small, monkeypatch):
 def test_the_floor_is_of_mnist_alone(small, monkeypatch):
     config, data, nets = small
     monkeypatch.setattr(shared, "code_metrics", lambda *_, **__: {})
-    monkeypatch.setattr(vae_gan, "sample_prior", lambda *_: torch.zeros(100, 3))
+    monkeypatch.setattr(vae_gan, "fixed_z", lambda *_: torch.zeros(100, 3))
     assert "eval/fid_floor" in vae_gan.evaluate(nets, data, config, full=True)
     other = vae_gan.evaluate(nets, data._replace(name="fashion_mnist"), config, full=True)
     assert other.keys() == {"eval/recon_mse"}
