@@ -186,26 +186,30 @@ def test_what_the_semi_supervised_evaluate_measures(cluster, monkeypatch):
     assert metrics["eval/error"] == pytest.approx(100 * wrong.item(), abs=1e-4)
     empty = set(range(K)) - set(test_y.argmax(1).tolist())
     assert metrics.get("eval/empty_clusters") == (len(empty) if cluster else None)
-    if cluster:
-        with torch.no_grad():
-            D_y = nets["D_y"](torch.eye(K)).sigmoid()[:, 0].tolist()
-        filled = [D_y[k] for k in range(K) if k not in empty]
-        assert empty and metrics["eval/D_y_filled"] == pytest.approx(sum(filled) / len(filled))
-        rest = sum(D_y) - sum(filled)
-        assert metrics["eval/D_y_empty"] == pytest.approx(rest / len(empty))
 
 
-def test_norm_y_normalises_each_logit_over_the_batch_and_leaves_z():
-    config, x = semi.Config(cluster=7, norm_y=4.0, noise=0.0), torch.rand(50, 784)
-    nets = semi_start(config, 7)[0]
-    plain = semi_start(semi.Config(cluster=7, noise=0.0), 7)[0]
-    outputs, before = nets["Q"](x), plain["Q"](x)
-    torch.testing.assert_close(outputs[:, 7:], before[:, 7:])
-    mean, std = before[:, :7].mean(0), before[:, :7].std(0, correction=0)
-    torch.testing.assert_close(
-        outputs[:, :7], 4 * (before[:, :7] - mean) / std, rtol=1e-3, atol=1e-3
-    )
-    assert size(nets["Q"]) == size(plain["Q"])
+def test_what_D_y_thinks_of_filled_and_empty_clusters_and_halfway():
+    def D_y(y):  # 1, 2, 4, 8 of the corners, and much less for what is none
+        return (y @ torch.tensor([1.0, 2, 4, 8]) - 100 * (y.max(-1).values < 1))[..., None]
+
+    metrics = semi.cluster_metrics(D_y, torch.tensor([0, 0, 2]), 4)
+    assert metrics["eval/empty_clusters"] == 2
+    assert metrics["eval/D_y_filled"] == 2.5 and metrics["eval/D_y_empty"] == 5
+    assert metrics["eval/D_y_between"] == pytest.approx(3.75 - 100)
+    none_empty = semi.cluster_metrics(D_y, torch.tensor([3, 2, 1, 0]), 4)
+    assert none_empty == {"eval/empty_clusters": 0, "eval/D_y_filled": 3.75}
+
+
+def test_noise_y_is_on_the_input_of_D_y_alone_and_in_training():
+    config, y = semi.Config(cluster=7, noise_y=0.3), torch.eye(7)
+    D_y, D_z = (semi_start(config, 7)[0][name] for name in ("D_y", "D_z"))
+    shown = []
+    D_y[1].register_forward_hook(lambda net, given, out: shown.append(given[0] - y))
+    D_y(y)
+    assert shown[0].std().item() == pytest.approx(0.3, rel=0.5)
+    D_y.eval()(y)
+    assert not shown[1].any()
+    assert D_z(torch.ones(1, 10)).equal(D_z(torch.ones(1, 10)))
 
 
 @pytest.mark.parametrize(
