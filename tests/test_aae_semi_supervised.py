@@ -190,7 +190,8 @@ def test_what_the_semi_supervised_evaluate_measures(cluster, monkeypatch):
 
 def test_what_D_y_thinks_of_filled_and_empty_clusters_and_halfway():
     def D_y(y):  # 1, 2, 4, 8 of the corners, and much less for what is none
-        return (y @ torch.tensor([1.0, 2, 4, 8]) - 100 * (y.max(-1).values < 1))[..., None]
+        logits = y @ torch.tensor([1.0, 2, 4, 8])
+        return torch.where(y.max(-1).values < 1, logits - 100, logits)[..., None]
 
     metrics = semi.cluster_metrics(D_y, torch.tensor([0, 0, 2]), 4)
     assert metrics["eval/empty_clusters"] == 2
