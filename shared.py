@@ -75,7 +75,7 @@ class Protocol:
     device: str = option("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
     dataset: str = option("mnist", f"{', '.join(DATASETS)} or folder:PATH, your own pictures")
     data_dir: str = option("", "folder of the datasets, as torchvision has it (default: data/)")
-    split: str = option("dw", "test images: dw official, else a sixth", ("dw", "sw", "val"))
+    split: str = option("dw", "official test images, or a sixth of the others", ("dw", "sw", "val"))
     out_dir: str = option("runs", "a run is written to OUT_DIR/<experiment>/<run-name>")
     run_name: str = option("", "name of the run (default: time and seed)")
     eval_every: int = option(5, "epochs between cheap evaluations, and pictures", low=1)

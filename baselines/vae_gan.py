@@ -18,7 +18,7 @@ Expect (CPU, --init pytorch, seed 0): MSE 0.0100, identity 97.9 %, LeNet-FID 122
 
 Deviations from the paper (P) and the public code, R: github.com/rishabhd786/VAE-GAN-PYTORCH:
  1. P: eq. 5 has L_GAN as a log-likelihood, algorithm 1 descends it for Dis; here its negative.
-    P sums L_prior and L_llike over features and codes, and has γ_E = 1; R and here: means, 5.
+    P sums L_prior and L_llike over features and codes, and γ_E = 1; R and here: means, γ_E = 5.
  2. R steps Dis, runs it anew to step Dec, and all three nets anew to step Enc: ten passes of Dis.
     Here, as in algorithm 1, one pass serves all three, and no weight moves before its last use.
  3. R: Dis ends in a sigmoid; here softplus(−l) = −log σ(l) of its logit l.
