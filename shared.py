@@ -1,8 +1,8 @@
 """What every experiment shares and no paper owns: options, data, a run's folder, pictures.
 
 Networks, losses, optimizers, schedules and the order of updates stay in the experiments. Their main
-functions end in the same loop; a line that only some have is marked `# its own`. What measures
-images and features is in assets/: lenet.py, classifiers.py, prior.py, and pca.py for linear maps.
+functions end in the same loop; a line that only some have is marked `# its own`. Instruments are
+in assets/: lenet.py, classifiers.py, prior.py, and pca.py for linear maps.
 """
 
 import argparse
@@ -23,8 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-# Idle OpenMP threads spin and starve what else runs here: let them sleep sooner. OpenMP reads this
-# when torch is loaded. Times: results/waiting_threads.md.
+# Before torch is loaded: idle OpenMP threads shall sleep, not spin (results/waiting_threads.md)
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "2000"
 
@@ -37,7 +36,6 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
-from torch.nn.functional import pad
 from torchvision import datasets
 from tqdm import tqdm
 
@@ -58,35 +56,35 @@ def fail(message, code=2):
 # Options
 
 
-def option(default, help, choices=None, low=None):
-    """A dataclass field that becomes a command-line option; low: its least value."""
+def option(default, help, choices=None, low=None, high=2**63):
+    """A dataclass field that becomes a command-line option, with low ≤ its value < high."""
     how = {"type": type(default), "choices": choices}
     if isinstance(default, bool):
         how = {"action": argparse.BooleanOptionalAction}
     how["help"] = f"{help} (default: {default})".replace("%", "%%").replace(" (default: )", "")
-    return field(default=default, metadata={"low": low, "argument": how})
+    return field(default=default, metadata={"low": low, "high": high, "argument": how})
 
 
 @dataclass
 class Protocol:
     """The options that all experiments have in common; each Config adds its own."""
 
-    seed: int = option(0, "seed of the initial weights, the shuffling and z", low=0)
+    seed: int = option(0, "of the initial weights, the shuffling and z", low=0, high=2**32)
     device: str = option("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
     dataset: str = option("mnist", f"{', '.join(DATASETS)} or folder:PATH, your own pictures")
     data_dir: str = option("", "folder of the datasets, as torchvision has it (default: data/)")
-    split: str = option("dw", "official test images, or a sixth of the others", ("dw", "sw", "val"))
+    split: str = option("dw", "test images: official (dw), held out (sw, val)", ("dw", "sw", "val"))
     out_dir: str = option("runs", "a run is written to OUT_DIR/<experiment>/<run-name>")
     run_name: str = option("", "name of the run (default: time and seed)")
     eval_every: int = option(5, "epochs between cheap evaluations, and pictures", low=1)
     resume: str = option("", "checkpoint.pt to go on from")
     eval: str = option("", "model.pt or checkpoint.pt to evaluate and draw, without training")
-    wandb: bool = option(False, "mirror the run to Weights & Biases")
+    wandb: bool = option("WANDB_SWEEP_ID" in os.environ, "mirror the run to Weights & Biases")
     smoke: bool = option(False, "a tiny subset through the whole path, in seconds")
 
 
 def parse_config(Config, presets=None, argv=None):
-    """Command line → Config; --preset, --resume and --eval replace its defaults."""
+    """Command line, names with - or _, → Config; --preset, --resume, --eval change its defaults."""
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.description = sys.modules[Config.__module__].__doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -94,13 +92,12 @@ def parse_config(Config, presets=None, argv=None):
     for f in fields(Config):
         parser.add_argument(f"--{f.name.replace('_', '-')}", **f.metadata["argument"])
     argv = sys.argv[1:] if argv is None else argv
-    # Sweeps spell options with underscores
     argv = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in argv]
     given = vars(parser.parse_args(argv))
     for f in fields(Config):
-        low, value = f.metadata["low"], given.get(f.name)
-        if low is not None and value is not None and not low <= value < 2**63:
-            fail(f"--{f.name.replace('_', '-')} {value}: must be at least {low}, and finite")
+        low, high, value = f.metadata["low"], f.metadata["high"], given.get(f.name)
+        if low is not None and value is not None and not low <= value < high:
+            fail(f"--{f.name.replace('_', '-')} {value}: must be in [{low}, {high:.3g})")
     defaults = (presets or {}).get(given.get("preset", getattr(Config, "preset", "")), {})
     path = given.get("resume") or given.get("eval")
     if path:
@@ -123,10 +120,12 @@ def load_checkpoint(path, Config):
     ours = Path(sys.modules[Config.__module__].__file__).stem
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        experiment, names = checkpoint["experiment"], checkpoint["config"].keys()
+        experiment, values = checkpoint["experiment"], checkpoint["config"].items()
     except Exception as error:  # torch.load raises many kinds for a file that is none of its own
         fail(f"{path}: no checkpoint that can be read ({type(error).__name__})")
-    if experiment != ours or names - {f.name for f in fields(Config)}:
+    choices = {f.name: f.metadata["argument"].get("choices") for f in fields(Config)}
+    fits = all(key in choices and value in (choices[key] or [value]) for key, value in values)
+    if experiment != ours or not fits:
         fail(f"{path} is a checkpoint of {experiment}, not of this version of {ours}")
     return checkpoint
 
@@ -154,6 +153,7 @@ def setup(config):
         for threshold in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(threshold, 1 << 30)
     torch.set_float32_matmul_precision(fastest_exact_matmul(device))
+    torch.backends.cudnn.allow_tf32 = False  # nor do a GPU's convolutions lose accuracy
     return device
 
 
@@ -218,8 +218,8 @@ class Data(NamedTuple):
 def load_data(config, device, size=64):
     """Data of config.dataset and config.split; pictures of a folder become squares of that size.
 
-    Tests on: dw the official test images, sw a sixth of the training images, val, for choices,
-    another sixth; 60,000, 50,000, 40,000 images of MNIST train. A folder's dw is its sw.
+    Test images of dw are the official ones, of sw a sixth of the others, of val, for choices,
+    another; 60,000, 50,000, 40,000 images of MNIST train. A folder's dw is its sw.
     """
     name, limit = config.dataset, 2000 if config.smoke else 10**9
     if name.startswith("folder:"):
@@ -324,13 +324,12 @@ class Run:
         self.config, self.nets, self.steps = config, nets, steps
         self.unit = "epoch" if hasattr(config, "epochs") else "step"
         self.total = getattr(config, f"{self.unit}s")
-        self.module = sys.modules[type(config).__module__]
-        self.file = Path(self.module.__file__)
+        self.file = Path(sys.modules[type(config).__module__].__file__)
         self.bar = tqdm(disable=True)
         self.history = {"commands": [], "commits": [], "images_seen": 0, "wall_s": 0.0}
-        self.history |= {"id": os.urandom(4).hex(), "rows": []}
-        path = config.resume or config.eval
-        self.saved = load_checkpoint(path, type(config)) if path else {}
+        self.history |= {"id": os.environ.get("WANDB_RUN_ID", os.urandom(4).hex()), "rows": []}
+        self.source = config.resume or config.eval
+        self.saved = load_checkpoint(self.source, type(config)) if self.source else {}
         self.epoch = self.saved.get("epoch", 0)
         if config.resume:
             if "random" not in self.saved or self.epoch > self.total:
@@ -346,7 +345,7 @@ class Run:
         self.rows = self.history["rows"]
         config.run_name, self.start = self.dir.name, time.time() - self.history["wall_s"]
         self.facts = self._facts(device)
-        self.wandb = self._start_wandb() if config.wandb or "WANDB_SWEEP_ID" in os.environ else None
+        self.wandb = self._start_wandb() if config.wandb else None
         write_json(self.dir / "config.json", self.facts | {"config": asdict(config)})
         self._summarize("running")
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -361,29 +360,28 @@ class Run:
         self.history["commits"].append(answer.stdout.strip())
         values, usual = asdict(self.config), asdict(type(self.config)())
         if "preset" in usual:
-            usual |= self.module.PRESETS[self.config.preset]
+            usual |= sys.modules[type(self.config).__module__].PRESETS[self.config.preset]
         own = [f"{k} {v}" for k, v in values.items() if v != usual[k] and k not in NO_SETTING]
-        facts = {"experiment": self.file.stem, "run": self.dir.name}
+        facts = {"experiment": self.file.stem, "run": self.dir.name, "setting": ", ".join(own)}
         facts |= {name: self.history[name] for name in ("commands", "commits")}
         facts |= {name: values[name] for name in ("dataset", "split", "seed")}
-        facts["setting"] = ", ".join(own)
         facts["matmul"] = torch.get_float32_matmul_precision()
         facts["params"] = sum(p.numel() for p in self.nets.parameters())
         return facts | {"hardware": hardware(device), "torch": torch.__version__}
 
     def _start_wandb(self):
         names = {"project": "alae", "group": self.file.stem, "job_type": self.file.parent.name}
-        names |= {"name": self.dir.name, "tags": [self.config.dataset, self.config.split]}
-        names |= {"id": self.history["id"], "resume": "allow"}
+        names |= {"name": self.dir.name, "tags": [self.config.dataset[:64], self.config.split]}
         try:
             import wandb
 
             self.image = wandb.Image
-            return wandb.init(**names, config=asdict(self.config))
-        except Exception as error:  # not installed, nobody logged in, no network
+            how = {"resume": "allow", "config": asdict(self.config)}
+            return wandb.init(id=self.history["id"], **names, **how)
+        except (Exception, KeyboardInterrupt) as error:  # not installed, not logged in, no network
             if not self.config.resume:
                 self.dir.rmdir()
-            fail(f"--wandb: {error}")
+            fail(f"--wandb: {str(error) or 'interrupted'}")
 
     def _mirror(self, function):
         """function(the W&B run). W&B never stops a training: once it fails it is left alone."""
@@ -405,8 +403,8 @@ class Run:
         self.bar = tqdm(None, self.file.stem, self.total * self.steps, **how)
         for before in range(self.epoch, self.total, every):
             self.epoch = min(before + every, self.total)
-            self.sums, self.images, self.step_in_epoch = {}, 0, 0
-            self.begin = time.perf_counter()
+            self.sums, self.step_in_epoch = {}, 0
+            self.begin, self.timed = time.perf_counter(), 0
             yield self.epoch
 
     def _restore(self, parts):
@@ -414,11 +412,11 @@ class Run:
         try:
             for name, part in parts.items():
                 part.load_state_dict(self.saved[name])
-        except RuntimeError as error:  # shapes that differ
-            fail(f"{self.config.resume or self.config.eval} does not fit this data: {error}")
+        except (RuntimeError, KeyError, ValueError) as error:  # shapes that differ, another version
+            self._end("failed", f"{self.source} does not fit this data, or version: {error}", 2)
         if self.config.resume:
             torch.set_rng_state(self.saved["random"])
-            torch.cuda.set_rng_state_all(self.saved["random_cuda"])
+            torch.cuda.set_rng_state_all(self.saved["random_cuda"][: torch.cuda.device_count()])
 
     @property
     def progress(self):
@@ -430,7 +428,10 @@ class Run:
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0) + loss
         self.step_in_epoch += 1
-        self.images += images
+        self.history["images_seen"] += images
+        self.timed += images
+        if self.step_in_epoch == min(3, self.steps - 1):  # the clock runs from here
+            self.begin, self.timed = time.perf_counter(), 0
         self.bar.update()
         if self.step_in_epoch % 100 == 0:
             self._mean_losses()
@@ -447,9 +448,9 @@ class Run:
 
     def log_losses(self):
         """The epoch's mean losses, and images per second, as a new row of metrics.csv."""
-        self.history["images_seen"] += self.images
-        speed = self.images / (time.perf_counter() - self.begin)
-        self.log(self._mean_losses() | {"perf/images_per_s": speed})
+        losses = self._mean_losses()  # waits for the device
+        speed = self.timed / (time.perf_counter() - self.begin)
+        self.log(losses | {"perf/images_per_s": speed})
 
     def log(self, metrics):
         """Adds metrics to this epoch's row, in metrics.csv, summary.json and W&B."""
@@ -472,7 +473,7 @@ class Run:
 
     def save(self, parts, name="checkpoint.pt"):
         """The parts' states, and what --resume needs to go on bit for bit."""
-        content = {name: part.state_dict() for name, part in parts.items()}
+        content = {key: part.state_dict() for key, part in parts.items()}
         content |= {"experiment": self.file.stem, "config": asdict(self.config)}
         content |= {"epoch": self.epoch, "history": self.history}
         if name == "checkpoint.pt":
@@ -488,7 +489,7 @@ class Run:
         self.save(self.nets, "model.pt")
         self._end("done")
         for name, value in self.rows[-1].items():
-            if name.startswith(("eval/", "perf/")):
+            if name in metrics or name.startswith("perf/"):
                 print(f"{name:24s} {value:10.4g}")
         print(f"{self.dir}: {len(list(self.dir.glob('*.png')))} pictures")
 
@@ -507,7 +508,7 @@ class Run:
 
     def _interrupt(self, *_):
         path = self.dir / "checkpoint.pt"
-        advice = f"go on with: python {sys.argv[0]} --resume {path}"
+        advice = f"go on with: {shlex.join(['python', sys.argv[0], '--resume', str(path)])}"
         self._end("interrupted", advice if path.exists() else "nothing was saved yet", 130)
 
     def _end(self, status, message="", code=0):
@@ -527,13 +528,12 @@ class Run:
 
 def grid(images, columns, title, rows=()):
     """A figure of images (N, C, H, W), row by row; rows: their names."""
-    images = pad(images.detach().float().cpu().clamp(0, 1), (1, 1, 1, 1), value=1)
+    images = nn.functional.pad(images.detach().float().cpu().clamp(0, 1), (1, 1, 1, 1), value=1)
     lines = [torch.cat(list(line), 2) for line in images.split(columns)]
     sheet = torch.cat(lines, 1).permute(1, 2, 0).squeeze(2).numpy()
     figure = Figure(figsize=(8, 0.5 + 8 * len(lines) / columns))
-    axes = figure.add_subplot(title=title)
+    axes = figure.add_subplot(title=title, xticks=[])
     axes.imshow(sheet, cmap="gray", interpolation="nearest")
-    axes.set_xticks([])
     axes.set_yticks([(i + 0.5) * len(sheet) / len(lines) for i in range(len(rows))], rows)
     return figure
 

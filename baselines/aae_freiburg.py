@@ -10,8 +10,9 @@ Three phases for each batch (paper §2):
 Scenarios 1 to 4 of github.com/PatrykChrabaszcz/Adversarial_Autoencoder: dense nets (1, 2) or
 convolutions (3, 4); in 1 and 3 P and D also see the class y, so that z is left with the style.
 
-    python baselines/aae_freiburg.py                                      # scenario 2, as published
-    python baselines/aae_freiburg.py --preset ours --labels --net conv    # scenario 3, our rates
+    python baselines/aae_freiburg.py                           # scenario 2, as published
+    python baselines/aae_freiburg.py --preset ours             # our rates
+    python baselines/aae_freiburg.py --labels --net conv       # scenario 3
 
 Expect (--preset ours, seed 0): test MSE 0.0232, identity 90.1 %, prior gap 0.033, floor 0.017.
 
@@ -24,7 +25,8 @@ Presets january (commit 87b475a) and head (2c29b54) are states of that code. Dev
  3. mixed and ours are no state of it: head's nets, losses and balance, january's phases and Adam.
     ours has rates and bn_momentum from trials on val that are not kept.
  4. faces: january's nets and rates, but images in [0, 1] and a sigmoid, not [−1, 1] and tanh.
- 5. Animations: of one class, not of each; few shades; dimensions.gif has 5 × 5 images, not 5⁴.
+ 5. Animations: of one class, not of each; few shades; dimensions.gif has 5 × 5 images, not 5⁴,
+    grid.gif images of half the size, and time that goes one way.
  6. Paper: SGD with momentum, D with 1000 units, a label for D alone.
 """
 
@@ -77,12 +79,13 @@ class Config(shared.Protocol):
     lr_D: float = option(2e-4, "of D (january; head: 5e-5)", low=1e-9)
     lr_Q: float = option(2e-4, "of Q against D; 0: a plain autoencoder", low=0)
     patience: int = option(3, "epochs without progress that cut the rates; 0: never", low=0)
-    precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
+    precision: str = option("fp32", "of matrix products in training", ("fp32", "bf16"))
 
 
 def build(config, shape, K):
     """Q: x (B, X) → z (B, Z), P: (z, y) (B, Z + K) → logits of pixels, D: (z, y) → (B, 1)."""
-    Z, X, (C, size, _) = config.latent_dim, math.prod(shape), shape
+    Z, X = config.latent_dim, math.prod(shape)
+    C, size, _ = shape
     BatchNorm = nn.BatchNorm1d if config.net == "dense" else nn.BatchNorm2d
     leaky = nn.LeakyReLU(0.2)
 
@@ -92,8 +95,16 @@ def build(config, shape, K):
         return [layer, leaky, norm] if config.norm_last else [layer, norm, leaky]
 
     if config.net == "dense":
-        Q = [*block(nn.Linear(X, 1000)), *block(nn.Linear(1000, 1000)), nn.Linear(1000, Z)]
-        P = [*block(nn.Linear(Z + K, 1000)), *block(nn.Linear(1000, 1000)), nn.Linear(1000, X)]
+        Q = [
+            *block(nn.Linear(X, 1000)),
+            *block(nn.Linear(1000, 1000)),
+            nn.Linear(1000, Z),
+        ]
+        P = [
+            *block(nn.Linear(Z + K, 1000)),
+            *block(nn.Linear(1000, 1000)),
+            nn.Linear(1000, X),
+        ]
     else:
         channels = [16, 32, 64] if size == 28 else [16, 32, 64, 128]
         n, rest = channels[-1], size >> (len(channels) - 1)  # 7×7 or 4×4: one more kernel
@@ -105,7 +116,13 @@ def build(config, shape, K):
         for a, b in pairwise(reversed(channels)):
             P += block(nn.ConvTranspose2d(a, b, 4, 2, 1))
         P += [nn.Conv2d(16, C, 3, padding=1), nn.Flatten()]
-    D = [nn.Linear(Z + K, 500), leaky, nn.Linear(500, 500), leaky, nn.Linear(500, 1)]
+    D = [
+        nn.Linear(Z + K, 500),
+        leaky,
+        nn.Linear(500, 500),
+        leaky,
+        nn.Linear(500, 1),
+    ]
     return nn.ModuleDict({"Q": nn.Sequential(*Q), "P": nn.Sequential(*P), "D": shared.Float32(*D)})
 
 
@@ -184,7 +201,7 @@ def train_step(nets, opts, x, y, config, before):
 
 
 def optimizers(nets, config):
-    """One for each role; Q has two. And deviation 1, for each; with --patience 0 never."""
+    """One for each role (Q has two), and for each the rule of deviation 1; --patience 0: none."""
     kind, how = torch.optim.Adam, {"betas": (0.5, 0.999), "fused": True}
     if config.optimizer == "rmsprop":
         kind, how = torch.optim.RMSprop, {"alpha": 0.9, "eps": 1e-5}
@@ -269,7 +286,9 @@ def animate(run, data, config):
     """grid.gif, dimensions.gif: five dimensions of z, one as time; style.gif: classes as time."""
     run.nets.eval()
     y = given_labels(data, config)[1]
-    time, axis, zero = torch.linspace(-3, 3, 10), torch.linspace(-1.8, 1.8, 5), torch.zeros(1)
+    time = torch.linspace(-3, 3, 10)
+    axis = torch.linspace(-1.8, 1.8, 5)
+    zero = torch.zeros(1)
     z = torch.cartesian_prod(time, axis, axis, axis, axis)
     z = z[:, [0, 1, 3, 2, 4]]  # z₂ and z₃ place a block of 25 images, z₄ and z₅ an image in it
     movie(run, "grid", avg_pool2d(decode(run, data, z, y[:1]), 2), 10)

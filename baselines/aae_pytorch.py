@@ -49,12 +49,12 @@ class Config(shared.Protocol):
     batch_size: int = option(100, "images per step", low=2)
     latent_dim: int = option(2, "dimension of z (script)", low=1)
     prior_std: float = option(1.0, "σ of p(z) = N(0, σ²I) (README; script: 5)", low=1e-9)
-    dropout: float = option(0.25, "in Q and P (README; script: 0.2)", low=0)
-    dropout_D: float = option(0.2, "in D", low=0)
+    dropout: float = option(0.25, "in Q and P (README; script: 0.2)", low=0, high=1)
+    dropout_D: float = option(0.2, "in D", low=0, high=1)
     relu_P: bool = option(True, "the ReLU of P's second layer (deviation 2)")
     lr: float = option(6e-4, "rate of Adam for reconstruction (README; script: 1e-4)", low=1e-9)
     lr_reg: float = option(8e-4, "of D, and of Q against it (README; script: 5e-5)", low=1e-9)
-    precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
+    precision: str = option("fp32", "of matrix products in training", ("fp32", "bf16"))
 
 
 # B batch, Z = latent_dim, X = pixels
@@ -184,17 +184,21 @@ def draw(run, data, config):
     run.picture("samples", shared.grid(samples, 10, f"{title}: samples"))
     pairs = data.images(x[:50]), decode(z[:50])
     run.picture("reconstructions", shared.pairs(*pairs, f"{title}: test images x and P(Q(x))"))
-    figure = Figure(figsize=(8, 4))
-    figure.suptitle(f"{title}: codes of test images by class, and p(z); first and last dimension")
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, codes in zip(panels, (z, z_prior), strict=True):
-        axes.scatter(codes[:, 0].cpu(), codes[:, -1].cpu(), s=2)
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure.suptitle(title)
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    ends = f"z$_{{{config.latent_dim}}}$"
+    left.set(title="codes of test images", xlabel="z$_1$", ylabel=ends)
+    right.set(title="draws of p(z)", xlabel="z$_1$")
+    points = left.scatter(*z[:, [0, -1]].T.cpu(), s=2, c=data.y_test, cmap="tab10")
     if data.y_test is not None:
-        panels[0].collections[0].set(array=data.y_test.cpu().numpy(), cmap="tab10")
+        left.legend(*points.legend_elements(), title="digit", fontsize=8)
+    right.scatter(*z_prior[:, [0, -1]].T.cpu(), s=2)
     run.picture("codes", figure)
     if config.latent_dim == 2:
         axis = config.prior_std * torch.linspace(-2, 2, 15, device=z.device)
-        plane = decode(torch.cartesian_prod(axis, axis))
+        z = torch.stack(torch.meshgrid(axis, axis.flip(0), indexing="xy"), -1)  # z₂ upwards
+        plane = decode(z.flatten(0, 1))
         run.picture("plane", shared.grid(plane, 15, f"{title}: P over the plane, ±2σ"))
     run.nets.train()
 

@@ -18,7 +18,7 @@ Expect (CPU, --init pytorch, seed 0): MSE 0.0100, identity 97.9 %, LeNet-FID 122
 
 Deviations from the paper (P) and the public code, R: github.com/rishabhd786/VAE-GAN-PYTORCH:
  1. P: eq. 5 has L_GAN as a log-likelihood, algorithm 1 descends it for Dis; here its negative.
-    P sums L_prior and L_llike over features and codes, and γ_E = 1; R and here: means, γ_E = 5.
+    P sums L_prior and ½ L_llike over features and codes, and γ_E = 1; R and here: means, γ_E = 5.
  2. R steps Dis, runs it anew to step Dec, and all three nets anew to step Enc: ten passes of Dis.
     Here, as in algorithm 1, one pass serves all three, and no weight moves before its last use.
  3. R: Dis ends in a sigmoid; here softplus(−l) = −log σ(l) of its logit l.
@@ -52,14 +52,16 @@ class Config(shared.Protocol):
     width: float = option(0.0, "factor of all channels; 0: 1 on a GPU, else 0.25", low=0)
     image_size: int = option(0, "pixels of a side; 0: 64 on a GPU, else 32", (0, 32, 64))
     latent_dim: int = option(128, "dimension of z (R)", low=1)
-    init: str = option("normal", "Enc's and Dec's weights: R's or PyTorch's", ("normal", "pytorch"))
+    init: str = option(
+        "normal", "Enc's and Dec's weights: N(0, 0.02²) (R) or PyTorch's", ("normal", "pytorch")
+    )
     lr: float = option(3e-4, "RMSprop's learning rate (paper §4, R)", low=1e-9)
-    dis_lr: float = option(0.1, "that of Dis, as a share of --lr (R)", low=1e-9)
+    lr_Dis: float = option(3e-5, "that of Dis (R: a tenth of the others')", low=1e-9)
     alpha: float = option(0.99, "RMSprop's smoothing (PyTorch's, R)", low=0)
     gamma: float = option(15.0, "weight γ of L_llike in Dec's loss (R)", low=0)
     gamma_enc: float = option(5.0, "weight of L_llike in Enc's loss (R; paper: 1)", low=0)
     bn_momentum: float = option(0.9, "a batch's share in running statistics (R)", low=0)
-    precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
+    precision: str = option("fp32", "of matrix products in training", ("fp32", "bf16"))
 
 
 # B batch, Z = latent_dim, the nets' images (B, C, S, S) in [−1, 1], data (B, X) in [0, 1]
@@ -168,15 +170,15 @@ def train_step(nets, opts, x, config):
     prior, llike, gan = kl(mu, log_var).mean(), L_llike(*features[:2]), L_GAN(logits)
 
     # What L_llike asks of x̃, and L_GAN of x̃ and x_p; and the gradient of Dis, of L_GAN alone.
-    (ask_rec,) = grad(llike, leaves[:1], retain_graph=True)
+    (g_llike,) = grad(llike, leaves[:1], retain_graph=True)
     *g_Dis, g_rec, g_p = grad(gan, [*Dis.parameters(), *leaves])
     descend(opts["Dis"], g_Dis)
     # What L_llike asks of z, through Dec, whose weights get nothing of it.
-    (ask_z,) = grad(fakes[0], [z], config.gamma_enc * ask_rec, retain_graph=True)
+    (g_z,) = grad(fakes[0], [z], config.gamma_enc * g_llike, retain_graph=True)
     # Dec: γ L_llike − L_GAN
-    descend(opts["Dec"], grad(fakes, [*Dec.parameters()], [config.gamma * ask_rec - g_rec, -g_p]))
+    descend(opts["Dec"], grad(fakes, [*Dec.parameters()], [config.gamma * g_llike - g_rec, -g_p]))
     # Enc: L_prior + γ_E L_llike; the largest net comes last, when the other graphs are freed.
-    descend(opts["Enc"], grad([prior, z], [*Enc.parameters()], [None, ask_z]))
+    descend(opts["Enc"], grad([prior, z], [*Enc.parameters()], [None, g_z]))
     return {"L_prior": prior.detach(), "L_llike": llike.detach(), "L_GAN": gan.detach()}
 
 
@@ -242,7 +244,8 @@ def evaluate(nets, data, config, full=False):
 
 def arithmetic(nets, data, config):
     """Images (·, X), names of rows: x of class a, Dec(μ), Dec(μ + mean code of b − that of a)."""
-    codes, rows, names = encode(nets["Enc"], data.x_train, data, config)[1], [], []
+    codes = encode(nets["Enc"], data.x_train, data, config)[1]
+    rows, names = [], []
     for a, b in ((3, 8), (4, 9), (7, 1), (0, 6)):
         x = data.x_test[data.y_test == a][:10]
         mu = encode(nets["Enc"], x, data, config)[1]
@@ -274,7 +277,7 @@ def draw(run, data, config):
     run.picture("reconstructions", shared.pairs(data.images(x), x_rec, f"{title}: x and Dec(μ)"))
     if data.y_train is not None and run.epoch == config.epochs:
         rows, names = arithmetic(nets, data, config)
-        what = f"epoch {run.epoch}: a direction added to μ, the difference of the mean codes"
+        what = f"{title}: μ moved by the difference of two classes' mean codes"
         run.picture("arithmetic", shared.grid(data.images(rows), 10, what, names))
     if len(run.history.get("losses", [])) > 1 and run.epoch == config.epochs:
         what = f"{title}: means of 20 iterations"
@@ -292,7 +295,7 @@ def main(config):
     nets = build(config, data.shape[0]).to(device)
     if device.type == "cpu":  # where this layout is faster for narrow nets
         nets.to(memory_format=torch.channels_last)
-    rates = {"Enc": config.lr, "Dec": config.lr, "Dis": config.lr * config.dis_lr}
+    rates = {"Enc": config.lr, "Dec": config.lr, "Dis": config.lr_Dis}
     opts = {key: RMSprop(net.parameters(), rates[key], config.alpha) for key, net in nets.items()}
     parts = {"nets": nets} | {f"opt_{name}": opt for name, opt in opts.items()}
     step = vae_step if config.method == "vae" else train_step

@@ -65,21 +65,24 @@ def linear_ablation(folder):
         for run in seeds.values():
             run["excess"] = max(run["ratio_test"] - 1, 1e-4)
     figure = Figure(figsize=(8, 5), layout="constrained")
-    title = "Linear ALAE on MNIST (val), k = 10: one thing changed at a time"
-    axes = figure.add_subplot(title=title)
-    xlabel = "MSE of held-out images / PCA's − 1, at least 0.0001, for each seed"
+    axes = figure.add_subplot()
+    title = "Linear ALAE, MNIST (val), k = 10, 3,000 steps: one thing changed at a time"
+    axes.set_title(title, fontsize=11)
+    xlabel = "(MSE / PCA's MSE) − 1, held-out images; at least 0.0001 is shown; a dot a seed"
     found = {label: found[label] for label in sorted(worst, key=worst.get, reverse=True)}
     dots(axes, found, "excess", xlabel)
+    names = [f"{label}: nothing changed" if label == "recipe" else label for label in found]
+    axes.set_yticklabels(names)
     return figure
 
 
 def gan_losses(folder):
     """A GAN with each loss, at the end: step2_gan/sweeps/gan_losses.yaml."""
     found = study(folder, "gan_mnist", "gan_losses", "compare")
-    figure = Figure(figsize=(14, 3.4), layout="constrained")
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
     *panels, digits = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.5])
     names = {"fid": "LeNet-FID", "grad_norm_G": "norm of G's gradient"}
-    names["digit_kl"] = "KL of the digits to the data's"
+    names["digit_kl"] = "KL of digits, nats"
     for axes, (metric, name) in zip(panels, names.items(), strict=True):
         dots(axes, found, metric, name, colored=True)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
@@ -91,6 +94,7 @@ def gan_losses(folder):
             shares = [run[f"digit_{digit}"] for digit in range(10)]
             digits.plot(shares, ".-" if seed == 0 else ".--", color=f"C{i}")
     digits.set(xticks=range(10), xlabel="digit, by LeNet", ylabel="% of the samples")
+    digits.set_title("solid: seed 0, dashed: seed 1", fontsize=10)
     digits.grid(alpha=0.3)
     title = "A GAN with different losses: MNIST (dw), 5 epochs, learning rate 0.001, two seeds"
     figure.suptitle(title)
@@ -102,17 +106,21 @@ def clean(folder):
     lines = paper_table.along(paper_table.gather(folder))
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     panels = figure.subplots(1, 3)
-    for axes, metric in zip(panels, paper_table.IMAGES, strict=True):
+    ticks = [0.005, 0.01, 0.02, 0.05], range(50, 101, 10), [3, 10, 30, 100, 300]
+    for axes, metric, values in zip(panels, paper_table.IMAGES, ticks, strict=True):
         for label, points in lines.items():
             epochs = [epoch for epoch, row in points.items() if epoch and f"eval/{metric}" in row]
-            values = [points[epoch][f"eval/{metric}"] for epoch in epochs]
-            axes.plot(epochs, values, "o-", markersize=4, label=label)
+            numbers = [points[epoch][f"eval/{metric}"] for epoch in epochs]
+            axes.plot(epochs, numbers, "o-", markersize=4, label=label)
         axes.set(xscale="log", yscale="linear" if metric == "identity" else "log")
         axes.set(xlabel="epoch", ylabel=table.NAMES[metric])
+        axes.set_xticks([5, 10, 20, 50, 100], [5, 10, 20, 50, 100])
+        axes.set_yticks(values, values)
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     names = panels[0].get_legend_handles_labels()
-    figure.legend(*names, loc="outside lower center", ncols=5, fontsize=9)
-    figure.suptitle("What gets clean, and when (MNIST, DW, first seed)")
+    figure.legend(*names, loc="outside lower center", ncols=4, fontsize=9)
+    figure.suptitle("What gets clean, and when (MNIST, dw, seed 0)")
     return figure
 
 
@@ -120,17 +128,18 @@ def official_resampling(_):
     """What the official main branch makes of MNIST on its way to E, and of G's outputs."""
     data = load_data(Protocol(), torch.device("cpu"))
     x = torch.cat([data.images(data.x_test[data.y_test == digit][:1]) for digit in range(8)])
-    seen = interpolate(pad(x, (2, 2, 2, 2)), 28)  # its data set's 32×32, then E's first line
+    x_main = interpolate(pad(x, (2, 2, 2, 2)), 28)  # its data set's 32×32, then E's first line
     outputs = torch.ones(1, 1, 28, 28, requires_grad=True)
     interpolate(interpolate(outputs, 32), 28).sum().backward()  # G's last line, E's first
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[4, 1.2])
-    rows = [torch.cat(list(images[:, 0]), 1) for images in (x, seen)]
+    rows = [torch.cat(list(images[:, 0]), 1) for images in (x, x_main)]
     left.imshow(torch.cat(rows).numpy(), cmap="gray", interpolation="nearest")
     left.set_xticks([])
     left.set_yticks([14, 42], ["mnist_ref", "main"])
     left.set_title("what E sees")
-    right.imshow(outputs.grad[0, 0].numpy(), cmap="gray", vmin=0)
+    uses = right.imshow(outputs.grad[0, 0].numpy(), cmap="gray", vmin=0)
+    figure.colorbar(uses, ax=right, ticks=[0, 1, 2, 4], label="times used")
     dead = int((outputs.grad == 0).sum())
     right.set_title(f"main: {dead} of G's 784\noutputs get no gradient", fontsize=10)
     return figure
@@ -148,7 +157,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = fail
-    parser.add_argument("names", nargs="+", choices=tuple(FIGURES), metavar="NAME")
+    names = {"choices": tuple(FIGURES), "metavar": "NAME", "help": ", ".join(FIGURES)}
+    parser.add_argument("names", nargs="+", **names)
     parser.add_argument("--runs", type=Path, help="a folder of runs (default: results)")
     options = parser.parse_args()
     for name in options.names:

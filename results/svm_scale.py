@@ -55,6 +55,8 @@ def main(experiment, path):
     data = shared.load_data(config, device)
     nets = module.build(config, data.x_train.shape[1]).to(device)
     checkpoint = shared.load_checkpoint(path, module.Config)
+    if "random" in checkpoint:
+        shared.fail(f"{path} is a checkpoint: give the run's model.pt")
     for name, net in nets.items():
         net.load_state_dict(checkpoint[name])
     command = checkpoint["history"]["commands"][0]

@@ -10,6 +10,7 @@ skipped and what was stopped goes on, so this may be stopped, and started again,
 """
 
 import argparse
+import fcntl
 import itertools
 import json
 import os
@@ -53,8 +54,9 @@ def expand(path):
 
 
 def options_of(command):
-    """Those of the sweep file, --name=value; what follows them, --name value, is the machine's."""
-    return {word for word in command if word.startswith("--") and "=" in word}
+    """What stands between the program and --out-dir: the sweep file's options, and MORE."""
+    words = itertools.dropwhile(lambda word: not word.startswith("--"), command)
+    return set(itertools.takewhile(lambda word: word != "--out-dir", words)) - {"--wandb"}
 
 
 def is_done(folder, command):
@@ -71,14 +73,19 @@ def is_done(folder, command):
 def train(folder, command):
     """Trains a run, or goes on with it; returns its exit code. Its words go to a log."""
     checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists():
-        program = itertools.takewhile(lambda word: not word.startswith("--"), command)
-        command = [*program, "--resume", str(checkpoint)]
-    else:
-        shutil.rmtree(folder, ignore_errors=True)  # stopped before its first epoch was over
-    print(f"{folder.name} {'goes on' if '--resume' in command else 'starts'}", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a+") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run holds it, too
+        except BlockingIOError:
+            print(f"{folder.name} is in another process's hands", flush=True)
+            return 1
+        if checkpoint.exists():
+            program = itertools.takewhile(lambda word: not word.startswith("--"), command)
+            command = [*program, "--resume", str(checkpoint)]
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # stopped before its first epoch was over
+        print(f"{folder.name} {'goes on' if '--resume' in command else 'starts'}", flush=True)
         how = {"cwd": ROOT, "stdout": log, "stderr": log, "start_new_session": True}
         process = subprocess.Popen(command, **how)
         RUNNING.append(process)
@@ -98,8 +105,9 @@ def main(options):
         for name, command in expand(path).items():
             program = next(word for word in command if word.endswith(".py"))
             folder = options.out_dir.absolute() / Path(program).stem / name
+            command += options.more
             if not is_done(folder, command):
-                todo[folder] = [*command, *options.more, "--out-dir", out_dir, "--run-name", name]
+                todo[folder] = [*command, "--out-dir", out_dir, "--run-name", name]
     print(f"{len(todo)} runs to do", flush=True)
     if options.dry:
         print("\n".join(shlex.join(command) for command in todo.values()))

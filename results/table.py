@@ -149,7 +149,8 @@ def table(found, metrics=()):
     several = len({s["experiment"] for s in found}) > 1
     rows, measured = [], {}
     for runs in group(found):
-        names = [runs[0]["experiment"] if several else "", runs[0]["setting"]]
+        setting = re.sub(r"(, )?\bsteps \d+", "", runs[0]["setting"])  # the length says that
+        names = [runs[0]["experiment"] if several else "", setting]
         label = ", ".join(name for name in names if name) or "default"
         for line in lines_of(runs, label, metrics):
             if line not in rows:
@@ -210,8 +211,8 @@ def renew(text):
 
 
 def readmes():
-    """{path: what it should contain} of all READMEs."""
-    paths = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]
+    """{path: what it should contain} of all pages."""
+    paths = [ROOT / "README.md", *sorted(ROOT.glob("*/*.md"))]
     return {path: renew(path.read_text()) for path in paths}
 
 

@@ -92,11 +92,15 @@ class Config(shared.Protocol):
     lr_end: float = option(0.01, "the rates fall linearly to this share (ours; 1: constant)", low=0)
     critic: str = option("quadratic", "D: w → ℝ (ours)", ("linear", "quadratic", "mlp"))
     floor: float = option(0.07, "φ, with A = BᵀB + φνI in the quadratic critic (ours)", low=0)
-    adversarial: str = option("softplus", "paper's, or its tangent x/2", ("softplus", "tangent"))
+    adversarial: str = option(
+        "softplus", "the paper's, or x/2, its slope at 0, in the losses", ("softplus", "tangent")
+    )
     penalty: str = option("r1", "‖∇ₓD‖² (paper), (‖∇ₓD‖ − 1)² (the student's)", ("r1", "unit"))
     gamma: float = option(0.5, "γ/2 times the penalty in Step I (ours; paper: 10)", low=0)
     decay: float = option(0.05, "ν, with ν/2 ‖G‖² in Step II (ours; paper: 0)", low=0)
-    adams: str = option("steps", "one for each step (ours), or (E, D), (F, G)", ("steps", "nets"))
+    adams: str = option(
+        "steps", "an Adam for each step (ours), or for (E, D) and (F, G)", ("steps", "nets")
+    )
     mapping: str = option("identity", "F = I (ours), or a learned matrix", ("identity", "linear"))
     scale: float = option(0.0, "x is multiplied by this; 0: so that ⟨‖x‖²⟩ = k (ours)", low=0)
     init_G: float = option(0.0, "G's initial weights, in units of PyTorch's (ours)", low=0)

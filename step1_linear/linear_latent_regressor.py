@@ -56,7 +56,9 @@ class Config(shared.Protocol):
     lr: float = option(0.002, "rate of D and E at the start (ours; paper: 0.0002)", low=1e-9)
     lr_generator: float = option(0.0005, "learning rate of G at the start (ours)", low=1e-9)
     gamma: float = option(2.0, "weight γ of R1 (ours)", low=0)
-    joint_weight: float = option(0.25, "of E's error for G in JLR (BiGAN's code)", low=0)
+    joint_weight: float = option(
+        0.25, "of E's error in G's loss, with --joint (BiGAN's code)", low=0
+    )
     ridge: float = option(0.01, "weight ρ of ‖E‖² (ours)", low=0)
     eval_every: int = option(200, "steps between evaluations", low=1)
 

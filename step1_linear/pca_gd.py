@@ -49,6 +49,8 @@ class Config(shared.Protocol):
     steps: int = option(3000, "at most so many gradient steps for each method (ours)", low=1)
     tolerance: float = option(1e-3, "stop at this largest principal angle, in rad (ours)", low=1e-9)
     rho: float = option(2.0, "weight ρ of the soft constraint, in units of λ₁ (ours)", low=1e-3)
+    eval_every: int = option(20, "steps between measurements of angle and error", low=1)
+    device: str = option("cpu", "float64, which not every device has", ("cpu",))
 
 
 def reconstruction_loss(C, S):
@@ -67,16 +69,18 @@ def orthonormality(C):
     return (C.T @ C - torch.eye(C.shape[1]).to(C)).square().sum()
 
 
-def descend(loss, S, k, steps, eta, rho=0.0, exact=True, momentum=True, seed=0):
+def descend(loss, S, k, steps, every, eta, rho=0.0, exact=True, momentum=True, seed=0):
     """Gradient descent with step size eta from a random orthonormal C (d, k).
 
     On loss + ρ‖CᵀC − I‖² or, if exact, on the loss with a QR after each step. Yields the step, C
-    and the seconds so far after every 20 steps and the last.
+    and the seconds so far after so many steps, every time, and after the last.
     """
     generator = torch.Generator().manual_seed(seed)
     C = torch.randn(len(S), k, dtype=S.dtype, generator=generator)
     C = before = torch.linalg.qr(C)[0].to(S)
-    n, seconds, start = 0, 0.0, time.perf_counter()
+    n = 0  # steps since momentum began anew
+    seconds = 0.0
+    start = time.perf_counter()
     for step in range(1, steps + 1):
         Y = (C + n / (n + 3) * (C - before)).requires_grad_()
         penalty = 0 if exact else rho * orthonormality(Y)
@@ -88,7 +92,7 @@ def descend(loss, S, k, steps, eta, rho=0.0, exact=True, momentum=True, seed=0):
         climbs = (gradient * (new - C)).sum() > 0
         n = n + 1 if momentum and not climbs else 0
         C, before = new, C
-        if step % 20 == 0 or step == steps:
+        if step % every == 0 or step == steps:
             seconds += time.perf_counter() - start
             yield step, C, seconds
             start = time.perf_counter()
@@ -113,10 +117,14 @@ def methods(l1, rho):
 
 def solve(how, S, V, config):
     """Descends to the subspace of V and its error; returns C, {step: (angle, ratio)}, the cost."""
-    least, trace = reconstruction_loss(V, S).item(), {}
-    for step, C, seconds in descend(S=S, k=config.k, steps=config.steps, seed=config.seed, **how):
-        angle, ratio = shared.pca.angle(C, V), reconstruction_loss(C, S).item() / least
-        trace[step], cost = (angle, ratio), {"steps": step, "seconds": seconds}
+    least = reconstruction_loss(V, S).item()
+    trace = {}
+    how = how | {"k": config.k, "steps": config.steps, "every": config.eval_every}
+    for step, C, seconds in descend(S=S, seed=config.seed, **how):
+        angle = shared.pca.angle(C, V)
+        ratio = reconstruction_loss(C, S).item() / least
+        trace[step] = angle, ratio
+        cost = {"steps": step, "seconds": seconds}
         arrived = abs(ratio - 1) <= 1e-4 or how["loss"] is variance_loss
         if angle <= config.tolerance and arrived:
             break
@@ -173,15 +181,14 @@ def figure_convergence(traces, title):
 def main(config):
     if config.resume or config.eval:
         shared.fail("--resume, --eval: a run takes a minute, start it again")
-    shared.setup(config)
-    cpu = torch.device("cpu")  # in float64, which not every device has
-    data = shared.load_data(config, cpu)
+    device = shared.setup(config)
+    data = shared.load_data(config, device)
     _, V, mean = shared.pca.fit(data.x_train, config.k)
     _, S = shared.pca.moments(data.x_train)
     projection = nn.Module()  # x̂ = mean + C Cᵀ(x − mean)
     projection.C = nn.Parameter(V.clone())  # until there is one by gradient descent
     projection.mean = nn.Buffer(mean)
-    run = shared.Run(config, cpu, nn.ModuleDict({"pca": projection}))
+    run = shared.Run(config, device, nn.ModuleDict({"pca": projection}))
 
     results, traces = {"analytic": measure(V, mean, data)}, {}
     l1 = torch.linalg.eigvalsh(S)[-1].item()

@@ -12,19 +12,19 @@ the latents w (§3, §4.1). Algorithm 1, each step on fresh z ~ N(0, I), with an
 
 Expect (seeds 0, 1, test images): MSE 0.023, SVM short 92.6 ± 0.9 %, identity 93.1 ± 0.5 %.
 
-What the paper says (here) against what its code does (step3_official_alae/train_fc_alae.py, after
+Where the paper's text (here) and its code differ (step3_official_alae/train_fc_alae.py, after
 github.com/podgorskiy/ALAE):
  1. Three optimizers, each with moments of its own: Adam being scale-free, L_err moves E and G as
     fast as the adversarial losses do. The code has two, for (E, D) and (F, G), and steps both in
     Step III with the moments of Steps I and II.
  2. Step III moves E and G alone; in the code F moves as well (its target is detached, its input is
     not). D does not, but its zero gradients shrink its second moment.
- 3. Equalized learning rate as in PGGAN: weights ŵ ~ N(0, 1), scaled at run time by the He constant
-    of their layer, under torch.optim.Adam; the code's LREQAdam is the same in effect, but for ε.
+ 3. Equalized learning rate as in PGGAN: weights ŵ ~ N(0, 1/lrmul²), scaled at run time by c =
+    √2 lrmul/√fan_in, under torch.optim.Adam; the code's LREQAdam is the same in effect, but for ε.
  4. D is a network, with leaky ReLU between its layers; the code's D is a product of three matrices.
  5. E ends in a linear layer; the code's E ends in a leaky ReLU, as F does in both.
- 6. Learning rate 0.004 and batch 64: leads found on test images, then tried on val in runs that
-    are not kept. The code has 0.002 and 128.
+ 6. The paper names no rate and no batch. 0.004 and 64 are ours: leads found on test images, then
+    tried on val in runs that are not kept. The code has 0.002 and 128.
 What the paper leaves open is the code's: pixel norm of z, F's six layers, the lower learning rate
 of F and D, β = (0, 0.99), slope 0.2, averaged weights, L_err as a mean over the dimensions of w.
 """
@@ -53,7 +53,7 @@ class Config(shared.Protocol):
     gamma: float = option(10.0, "weight γ of R1 (algorithm 1)", low=0)
     ema: float = option(10_000.0, "half-life in images of averaged weights (train_alae.py)", low=1)
     eval_weights: str = option("ema", "evaluate the averaged or the raw weights", ("raw", "ema"))
-    precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
+    precision: str = option("fp32", "of matrix products in training", ("fp32", "bf16"))
 
 
 # B batch, Z = W = latent_dim, X = pixels (784), H = 1024
@@ -191,11 +191,13 @@ def main(config):
     nets = build(config, data.x_train.shape[1]).to(device)
     averaged = copy.deepcopy(nets).requires_grad_(False)
 
-    def adam(one, other):
-        parameters = [*nets[one].parameters(), *nets[other].parameters()]
+    def adam(*names):
+        parameters = nn.ModuleList(nets[name] for name in names).parameters()
         return torch.optim.Adam(parameters, config.lr, (0.0, 0.99), fused=True)
 
-    opt_ED, opt_FG, opt_EG = adam("E", "D"), adam("F", "G"), adam("E", "G")
+    opt_ED = adam("E", "D")
+    opt_FG = adam("F", "G")
+    opt_EG = adam("E", "G")
     parts = {"nets": nets, "averaged": averaged}
     parts |= {"opt_ED": opt_ED, "opt_FG": opt_FG, "opt_EG": opt_EG}
     evaluated = averaged if config.eval_weights == "ema" else nets

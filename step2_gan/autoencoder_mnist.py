@@ -18,6 +18,7 @@ Expect (20 epochs, test images, seeds 0, 1): AE(l2) MSE 0.0053, identity 99.2 %,
 Deviations from the paper's comparison (ALAE §6.1, BiGAN §4.2), which leaves its autoencoders open:
  1. E and G are ALAE's fully connected nets, leaky ReLU 0.2, without batch norm, He-initialised.
  2. Adam 0.001, β = (0.9, 0.999), PyTorch's defaults, batch 128; BiGAN's code has no autoencoder.
+    l1, l2 and bce are means over pixels, not sums: Adam undoes that factor, but for ε.
  3. A plain autoencoder has no prior. Its samples are G of a Gaussian with mean and covariance of
     the training codes.
  4. The VAE's short features are μ; its reconstructions G(μ) and samples G(z) are the means of p,
@@ -45,7 +46,7 @@ class Config(shared.Protocol):
     latent_dim: int = option(50, "dimension of z (ALAE §6.1)", low=1)
     loss: str = option("l2", "what is minimised", ("l1", "l2", "bce", "vae"))
     noise: float = option(0.0, "standard deviation σ of the noise on E's input", low=0)
-    precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
+    precision: str = option("fp32", "of matrix products in training", ("fp32", "bf16"))
 
 
 # B batch, Z = latent_dim, X = pixels (784), H = 1024
@@ -123,14 +124,14 @@ def fitted_z(n, nets, data, config):
 
 
 def evaluate(nets, data, config, full=False):
-    def to_x(z):
+    def G(z):
         return decode(nets, z, config)
 
     E, Z = nets["E"], config.latent_dim
     long = [shared.chunked(E[:4], x) for x in (data.x_train, data.x_test)]
     short = [shared.chunked(E[4:], hidden)[:, :Z] for hidden in long]
-    x_rec = shared.chunked(to_x, short[1])
-    x_fake = shared.chunked(to_x, fitted_z(len(data.x_test), nets, data, config))
+    x_rec = shared.chunked(G, short[1])
+    x_fake = shared.chunked(G, fitted_z(len(data.x_test), nets, data, config))
     metrics = shared.image_metrics(data, x_rec, x_fake)
     metrics |= shared.code_metrics(data, *short, "short", full)
     if full:
@@ -141,7 +142,8 @@ def evaluate(nets, data, config, full=False):
 @torch.no_grad()
 def draw(run, data, config):
     """Samples, reconstructions, and ways between two codes."""
-    x, title = data.x_test[:50], f"AE({config.loss}), epoch {run.epoch}"
+    x = data.x_test[:50]
+    title = f"AE({config.loss}), epoch {run.epoch}"
 
     def images(z):
         return data.images(decode(run.nets, z, config))

@@ -19,7 +19,7 @@ Deviations from the paper (P) or its code (C: github.com/jeffdonahue/bigan, trai
  2. C: both losses are scaled down. Adam undoes that but for ε and the weight decay, which is
     relatively stronger there. That matters at first: D's last layer starts at 0, and then weight
     decay is all that moves the other layers.
- 3. Reconstructions are G(2σ(E(x)) − 1), from a deterministic E, as in P's figures.
+Reconstructions are G(2σ(E(x)) − 1), from a deterministic E, as in P's figures.
 """
 
 import sys
@@ -42,7 +42,7 @@ class Config(shared.Protocol):
     lr: float = option(0.0002, "learning rate, constant for 200 epochs (train_gan.py)", low=1e-9)
     weight_decay: float = option(2.5e-5, "L2 penalty, in the gradient (train_gan.py)", low=0)
     latent_dim: int = option(50, "dimension of z (train_mnist.sh)", low=1)
-    precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
+    precision: str = option("fp32", "of matrix products in training", ("fp32", "bf16"))
 
 
 # B batch, Z = latent_dim, X = pixels (784), H = 1024

@@ -4,9 +4,9 @@ G: z → x generates from z ~ N(0, I); D's logits tell data from samples. D mini
 G minimises its own:
 
     minimax         D: softplus(−D(x)) + softplus(D(G(z)))    G: −softplus(D(G(z))): D's, negated
-    non_saturating  the same D                                G: softplus(−D(G(z)))  (1406.2661 §3)
+    non-saturating  the same D                                G: softplus(−D(G(z)))  (1406.2661 §3)
     r1              D: … + γ/2 ‖∇ₓ D(x)‖²                     the same G  (1801.04406 eq. 9; ALAE's)
-    wgan_gp         D: D(G(z)) − D(x) + λ (‖∇ D(x̂)‖ − 1)²     G: −D(G(z))  (1704.00028; with
+    wgan-gp         D: D(G(z)) − D(x) + λ (‖∇ D(x̂)‖ − 1)²     G: −D(G(z))  (1704.00028; with
                     five steps of D for each of G's; x̂ = ε x + (1 − ε) G(z), ε ~ U[0, 1])
 
     python step2_gan/gan_mnist.py                   # 20 epochs, 13 minutes on one CPU core
@@ -47,9 +47,9 @@ PRESETS = {
     "minimax": NO_NORM | {"loss": "minimax"},
     "r1": NO_NORM | {"loss": "r1"},
     # its paper's rate, and five steps of D on 128 images each
-    "wgan-gp": NO_NORM | {"loss": "wgan_gp", "lr": 1e-4, "critic_steps": 5, "batch_size": 640},
+    "wgan-gp": NO_NORM | {"loss": "wgan-gp", "lr": 1e-4, "critic_steps": 5, "batch_size": 640},
 }
-LOSSES = ("minimax", "non_saturating", "r1", "wgan_gp")
+LOSSES = ("minimax", "non-saturating", "r1", "wgan-gp")
 
 
 @dataclass
@@ -57,17 +57,17 @@ class Config(shared.Protocol):
     preset: str = option("non-saturating-spectral", "a loss and what it needs", tuple(PRESETS))
     epochs: int = option(20, "passes over the training images", low=0)
     batch_size: int = option(128, "images per step of G (1511.06434); D's steps share them", low=2)
-    loss: str = option("non_saturating", "of D and G", LOSSES)
+    loss: str = option("non-saturating", "of D and G", LOSSES)
     norm: str = option("spectral", "of D's weights (1802.05957), or none", ("none", "spectral"))
     lr: float = option(0.002, "learning rate of Adam (chosen on val)", low=1e-9)
-    beta1: float = option(0.0, "β₁ of Adam (ALAE's, chosen on val; β₂ = 0.999)", low=0)
+    beta1: float = option(0.0, "β₁ of Adam (ALAE's, chosen on val; β₂ = 0.999)", low=0, high=1)
     gamma: float = option(10.0, "the penalty's weight: γ (1801.04406) or λ (1704.00028)", low=0)
     critic_steps: int = option(1, "steps of D for one of G (WGAN-GP: 5)", low=1)
     latent_dim: int = option(50, "dimension of z", low=1)
     ema: float = option(10_000.0, "half-life, in images, of G's average (train_alae.py)", low=1)
     eval_weights: str = option("ema", "evaluate the averaged or the raw weights", ("raw", "ema"))
     eval_every: int = option(2, "epochs between evaluations, and pictures", low=1)
-    precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
+    precision: str = option("fp32", "of matrix products in training", ("fp32", "bf16"))
 
 
 # B batch, Z = latent_dim, X = pixels (784), H = 1024
@@ -110,11 +110,11 @@ def gradient_penalty(D, x, x_fake, epsilon):
 
 
 def L_D(D, x, x_fake, config):
-    """D's loss and its penalty, mean over the batch; x, x_fake (B, X)."""
+    """D's loss without its penalty, and the penalty; means over the batch; x, x_fake (B, X)."""
     x = x.detach().requires_grad_(config.loss == "r1")
     real = shared.fp32(D(x))  # (B, 1)
     fake = shared.fp32(D(x_fake))
-    if config.loss == "wgan_gp":
+    if config.loss == "wgan-gp":
         epsilon = torch.rand(len(x), 1, device=x.device)
         penalty = config.gamma * gradient_penalty(D, x, x_fake, epsilon)
         return (fake - real).mean(), penalty
@@ -126,7 +126,7 @@ def L_D(D, x, x_fake, config):
 
 def L_G(fake, loss):
     """G's loss from D's logits of samples, mean over the batch."""
-    if loss == "wgan_gp":
+    if loss == "wgan-gp":
         return -fake.mean()
     if loss == "minimax":
         return -softplus(fake).mean()
@@ -154,7 +154,7 @@ def train_step(nets, opt_D, opt_G, x, config):
 
     grad_norm = torch.stack(torch._foreach_norm([p.grad for p in G.parameters()])).norm()
     losses = {"L_D": loss_D, "L_G": loss_G, "grad_norm_G": grad_norm}
-    if config.loss in ("r1", "wgan_gp"):
+    if config.loss in ("r1", "wgan-gp"):
         losses["penalty"] = penalty
     return {name: loss.detach() for name, loss in losses.items()}
 
@@ -202,8 +202,9 @@ def evaluate(nets, data, config, full=False):
 def draw(run, data, config):
     """Samples, and ways between two z."""
     run.nets.eval()
-    G, z = run.nets["G"], fixed_z(100, config, data.x_test.device)
-    title = f"GAN ({config.loss}), epoch {run.epoch}"
+    G = run.nets["G"]
+    z = fixed_z(100, config, data.x_test.device)
+    title = f"GAN ({config.preset}), epoch {run.epoch}"
     run.picture("samples", shared.grid(data.images(G(z)), 10, f"{title}: samples"))
     t = torch.linspace(0, 1, 10, device=z.device)[:, None]
     between = data.images(G(z[:8, None].lerp(z[8:16, None], t).flatten(0, 1)))
@@ -214,13 +215,17 @@ def draw(run, data, config):
 def main(config):
     device = shared.setup(config)
     data = shared.load_data(config, device)
+    if config.batch_size < config.critic_steps * (config.critic_steps + 1):  # batch norm needs two
+        steps = config.critic_steps
+        shared.fail(f"--critic-steps {steps}: too many for --batch-size {config.batch_size}")
     nets = build(config, data.x_train.shape[1]).to(device)
     averaged = copy.deepcopy(nets["G"]).requires_grad_(False)
 
     def adam(net):
         return torch.optim.Adam(net.parameters(), config.lr, (config.beta1, 0.999), fused=True)
 
-    opt_D, opt_G = adam(nets["D"]), adam(nets["G"])
+    opt_D = adam(nets["D"])
+    opt_G = adam(nets["G"])
     parts = {"nets": nets, "averaged": averaged, "opt_D": opt_D, "opt_G": opt_G}
     evaluated = nets
     if config.eval_weights == "ema":

@@ -44,7 +44,7 @@ class Config(shared.Protocol):
     weight_decay: float = option(2.5e-5, "L2 penalty, in the gradient (train_gan.py)", low=0)
     joint: bool = option(False, "JLR: L_err_E reaches the generator as well")
     latent_dim: int = option(50, "dimension of z (train_mnist.sh)", low=1)
-    precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
+    precision: str = option("fp32", "of matrix products in training", ("fp32", "bf16"))
 
 
 # B batch, Z = latent_dim, X = pixels (784), H = 1024
@@ -75,8 +75,8 @@ class Generator(nn.Module):
         return self.last(self.second(self.first(z)) + self.second_z(z))
 
 
-def critic(X, out, H=1024):
-    """The net of D (one output) and of E."""
+def image_net(X, out, H=1024):
+    """x (B, X) → (B, out): the net of D and of E."""
     leaky = nn.LeakyReLU(0.2)
     return nn.Sequential(linear(X, H), leaky, linear(H, H), norm(H), leaky, linear(H, out))
 
@@ -85,8 +85,8 @@ def build(config, X):
     """G, E: x (B, X) → logits (B, Z) of a code, D: x → (B, 1); the last layers of E and D start
     at 0 (train_gan.py), unless the untrained E is asked for its features."""
     G = Generator(config.latent_dim, X)
-    E = critic(X, config.latent_dim)
-    D = critic(X, 1)
+    E = image_net(X, config.latent_dim)
+    D = image_net(X, 1)
     nn.init.zeros_(D[-1].weight)
     if config.epochs > 0:
         nn.init.zeros_(E[-1].weight)
@@ -121,10 +121,10 @@ def train_step(nets, opt_D, opt_G, opt_E, x, config):
         x_fake = G(z)
         real = shared.fp32(D(x))  # (B, 1); two calls: each has its own batch statistics
         fake = shared.fp32(D(x_fake))
-        x_seen = x_fake.detach()
+        x_for_E = x_fake.detach()
         if config.joint:  # a quarter of the gradient reaches G (train_mnist.sh)
-            x_seen = x_seen + 0.25 * (x_fake - x_seen)
-        logits = shared.fp32(E(x_seen))  # (B, Z)
+            x_for_E = x_for_E + 0.25 * (x_fake - x_for_E)
+        logits = shared.fp32(E(x_for_E))  # (B, Z)
     loss_D = L_adv_D(real, fake)
     loss_G = L_adv_G(fake)
     loss_E = L_err_E(logits, z)
@@ -213,7 +213,9 @@ def main(config):
         how = {"weight_decay": config.weight_decay, "fused": True}
         return torch.optim.Adam(net.parameters(), config.lr, (0.5, 0.999), **how)
 
-    opt_D, opt_G, opt_E = adam(nets["D"]), adam(nets["G"]), adam(nets["E"])
+    opt_D = adam(nets["D"])
+    opt_G = adam(nets["G"])
+    opt_E = adam(nets["E"])
     parts = {"nets": nets, "opt_D": opt_D, "opt_G": opt_G, "opt_E": opt_E}
 
     run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)

@@ -3,14 +3,15 @@
 PGGAN keeps ŵ ~ N(0, 1) and uses w = c ŵ at run time, c = √2/√fan_in; in a layer with an lrmul, c
 has it as a factor and ŵ is divided by it, so that w ~ N(0, 2/fan_in) always. By the chain rule ŵ
 has the gradient ĝ = c g, where g is that of w, so Adam with β1 = 0 sees v̂ ← β2 v̂ + (1 − β2) ĝ²,
-which is c² v, and moves, with b = 1 − β2^t,
+which is c² v, and moves (as torch.optim.Adam has it), with b = 1 − β2^t,
 
-    Δŵ = −lr √b ĝ/(√v̂ + ε) = −lr √b g/(√v + ε/c),   so   Δw = c Δŵ = −(c lr) √b g/(√v + ε/c).
+    Δŵ = −lr √b ĝ/(√v̂ + √b ε),   so   Δw = c Δŵ = −(c lr) √b g/(√v + √b ε/c).
 
-That is Adam on w itself with the learning rate c lr; LREQAdam is this rule with ε in place of ε/c.
-Biases likewise, with c = lrmul. torch.optim.Adam with a group for each tensor has ε√b. All are one
-trajectory of w, but for ε. At the start g/√v is about 1, so ‖Δw‖/‖w‖ ≈ lr · lrmul in every layer:
-this is what is equalized. Under plain Adam it is lr √(fan_in/2): wide layers turn faster.
+That is Adam on w itself with the learning rate c lr, and ε/c. Biases likewise, with c = lrmul.
+torch's Adam with a group for each tensor, of the rate c lr, has √b ε where this has √b ε/c, and
+LREQAdam has ε. All are one trajectory of w, but for ε. In the first step √b |g|/√v is 1, so that
+‖Δw‖/‖w‖ ≈ lr · lrmul in every layer: this is what is equalized. Under plain Adam it is
+lr √(fan_in/2): wide layers turn faster.
 
 Here the FC ALAE is trained in all three ways and by plain Adam, as in train_fc_alae.py, from the
 same w, on the same x and z; the raw weights are evaluated.
@@ -37,7 +38,7 @@ from torch.nn.functional import linear, softplus
 
 BETA2, GAMMA = 0.99, 10.0  # of Adam; weight γ of R1
 WAYS = {"lreq": "LREQAdam", "runtime": "run-time scaling", "groups": "groups", "plain": "Adam"}
-RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)  # tried on val; LREQAdam has the same step at 20 times
+RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)  # of plain Adam; in wide layers LREQAdam's c ≈ 1/20
 PRESETS = {"official": {}} | {f"rate-{rate}": {"lr_plain": rate, "lr": 20 * rate} for rate in RATES}
 
 
@@ -115,8 +116,11 @@ def start(config, X, device, ways=tuple(WAYS), eps=1e-8, dtype=torch.float32):
             params = list(nn.ModuleList(nets[way][name] for name in pair).parameters())
             if way == "groups":
                 params = [{"params": [p], "lr": lr * p.c} for p in params]
-            adam = torch.optim.Adam(params, lr, (0.0, BETA2), eps, fused=True)
-            opts[f"{way} {pair}"] = LREQAdam(params, lr, eps) if way == "lreq" else adam
+            if way == "lreq":
+                opts[f"{way} {pair}"] = LREQAdam(params, lr, eps)
+            else:
+                adam = torch.optim.Adam(params, lr, (0.0, BETA2), eps, fused=True)
+                opts[f"{way} {pair}"] = adam
     return nets, opts
 
 
@@ -200,7 +204,7 @@ def compare_trajectories(run, x, config):
             metrics[f"{way}/strays_{eps}"] = max(distances)
             axes.plot(range(1, len(distances) + 1), distances, label=WAYS[way])
         axes.set(yscale="log", xlabel="step, float64", ylabel=f"‖Δw‖/‖w‖, ε = {eps}")
-        axes.legend(fontsize=8)
+        axes.legend()
     figure.suptitle("Three ways to write one trajectory: largest distance to LREQAdam's")
     run.picture("trajectories", figure)
     return metrics
@@ -214,11 +218,14 @@ def compare_updates(run, nets, before):
     metrics = {}
     for way, style in zip(WAYS, "osx^", strict=True):
         moved = relative(weights(nets[way]), before[way])
-        layers = {name[:-7]: v for name, v in moved.items() if name.endswith(".weight")}
+        layers = {}
+        for name, size in moved.items():
+            if name.endswith(".weight"):
+                layers[name.removesuffix(".weight")] = size
         axes.plot(layers.keys(), layers.values(), style, label=WAYS[way], mfc="none")
-        equal = [v for name, v in layers.items() if name[0] in "GE"]
-        metrics[f"{way}/update_ratio"] = max(equal) / min(equal)
-    axes.legend(fontsize=8)
+        of_G_and_E = [size for name, size in layers.items() if name[0] in "GE"]
+        metrics[f"{way}/update_ratio"] = max(of_G_and_E) / min(of_G_and_E)
+    axes.legend()
     run.picture("updates", figure)
     return metrics
 

@@ -10,13 +10,15 @@ step on fresh z ~ N(0, I):
 
     python step3_official_alae/train_fc_alae.py                             # official, 20 epochs
     python step3_official_alae/train_fc_alae.py --preset fast               # ours, 50 epochs
+    python step3_official_alae/train_fc_alae.py --preset signed             # ours, better codes
     python step3_official_alae/train_fc_alae.py --eval assets/fc_alae.pt    # the trained model
 
 Expect (seed 0, test images): official LeNet-FID 148, identity 88.4 %; fast 3.4 and 95.3 %; signed
 2.4 and 94.4 %.
 
 Deviations from the paper (P) or the official code (O: github.com/podgorskiy/ALAE, mnist_fc.yaml):
- 1. P: "Adam"; O and here: LREQAdam, Adam with β1 = 0 whose step has each layer's He constant.
+ 1. P: "Adam"; O and here: LREQAdam, Adam with β1 = 0 whose step has a factor c for each
+    tensor: √2 lrmul/√fan_in for weights, lrmul for biases.
  2. P: Step III updates E and G; O and here: its optimizers hold D and F as well. F moves (only the
     target w is detached); D gets zero gradients, which shrink its second moment.
     P: L_err is a squared norm; O and here its mean over the dimensions of w.
@@ -54,11 +56,11 @@ FAST = RATE | {"epochs": 50, "output": "bounded", "err_weight": 0.1}
 SIGNED = FAST | {"input_range": "11", "err_weight": 0.3, "lr_end": 0.4}
 PRESETS = {
     "official": {},
-    "mnist-ref": {"mapping": "none", "slope": 0.01, "eval_weights": "raw"},  # deviation 3
+    "mnist-ref": {"mapping": "identity", "slope": 0.01, "eval_weights": "raw"},  # deviation 3
     "fast": FAST,
     "signed": SIGNED,
     "long": SIGNED | {"epochs": 75, "lr_end": 0.2, "precision": "bf16"},
-    "shallow": SIGNED | {"mapping_layers": 2},  # more identity soon, not in the end
+    "shallow": SIGNED | {"mapping_layers": 2},  # identity is ahead at epoch 10, behind at 50
     "minutes": SIGNED | {"mapping_layers": 4, "epochs": 6, "precision": "bf16"},
     # The way from official to fast, and what else the paper leaves open: changes to RATE
     "rate": RATE,
@@ -66,7 +68,7 @@ PRESETS = {
     "rate-bounded": RATE | {"output": "bounded"},
     "rate-slope": RATE | {"slope": 0.01},
     "rate-input-11": RATE | {"input_range": "11"},
-    "rate-bounded-identity": RATE | {"output": "bounded", "mapping": "identity"},
+    "rate-bounded-pixel-norm": RATE | {"output": "bounded", "mapping": "pixel-norm"},
     "rate-bounded-err": RATE | {"output": "bounded", "err_weight": 0.1},
     "rate-bounded-err-lr": RATE | {"output": "bounded", "err_weight": 0.1, "lr": 0.016},
 }
@@ -75,7 +77,7 @@ PRESETS = {
 @dataclass
 class Config(shared.Protocol):
     preset: str = option(
-        "official", "mnist_fc.yaml, ours (deviation 8), or a study", tuple(PRESETS)
+        "official", "mnist_fc.yaml; mnist-ref; ours (deviation 8); a study: rate-…", tuple(PRESETS)
     )
     epochs: int = option(20, "passes over the training images (mnist_fc.yaml: 600)", low=0)
     batch_size: int = option(128, "images per step (mnist_fc.yaml)", low=1)
@@ -94,13 +96,19 @@ class Config(shared.Protocol):
         0.2, "leaky slope in G and on E's output (net.py; mnist_ref: 0.01)", low=0
     )
     mapping: str = option(
-        "mlp", "F: layers after pixel norm, pixel norm, or F(z) = z", ("mlp", "identity", "none")
+        "mlp",
+        "F: pixel norm and layers, pixel norm, or F(z) = z",
+        ("mlp", "pixel-norm", "identity"),
     )
     mapping_layers: int = option(6, "layers of F (mnist_fc.yaml)", low=1)
-    critic: str = option("linear", "D: linear, as official, or with leaky ReLU", ("linear", "mlp"))
-    output: str = option("linear", "G's, or bounded by a sigmoid or tanh", ("linear", "bounded"))
+    critic: str = option(
+        "linear", "D's layers: linear, as official, or with leaky ReLU", ("linear", "mlp")
+    )
+    output: str = option(
+        "linear", "of G: linear, or bounded by a sigmoid or tanh", ("linear", "bounded")
+    )
     eval_weights: str = option("ema", "evaluate the averaged or the raw weights", ("raw", "ema"))
-    precision: str = option("fp32", "of products in training (ours)", ("fp32", "bf16"))
+    precision: str = option("fp32", "of matrix products in training", ("fp32", "bf16"))
 
 
 # B batch, Z = W = latent_dim, X = pixels (784), H = width
@@ -124,7 +132,7 @@ def build(config, X):
     Z, H = config.latent_dim, config.width
     leaky, leaky_out = nn.LeakyReLU(0.2), nn.LeakyReLU(config.slope)
     F = []
-    if config.mapping != "none":
+    if config.mapping != "identity":
         F.append(nn.RMSNorm(Z, eps=1e-8, elementwise_affine=False))  # pixel norm
     if config.mapping == "mlp":
         for _ in range(config.mapping_layers):
@@ -229,11 +237,11 @@ def train_step(nets, opt_ED, opt_FG, x, config):
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def learning_rate(config, done):
-    """After the share `done` of the training: constant, or falling at its end (deviation 8)."""
+def learning_rate(config, progress):
+    """After the share `progress` of the training: constant, or falling at its end (deviation 8)."""
     if config.decay == 0:
         return config.lr
-    left = min(1.0, (1 - done) / config.decay)  # 1, from the fall's beginning to 0 at its end
+    left = min(1.0, (1 - progress) / config.decay)  # 1 until the fall begins, then down to 0
     return config.lr * (config.lr_end + (1 - config.lr_end) * left)
 
 
@@ -278,8 +286,8 @@ def draw(run, data, config):
     x, z = data.x_test[:50], fixed_z(10_000, config, data.x_test.device)
 
     def picture(name, w, columns, what, rows=()):
-        images, title = data.images(to_pixels(G(w), config)), f"FC ALAE, epoch {run.epoch}: {what}"
-        run.picture(name, shared.grid(images, columns, title, rows))
+        images = data.images(to_pixels(G(w), config))
+        run.picture(name, shared.grid(images, columns, f"FC ALAE, epoch {run.epoch}: {what}", rows))
 
     w = E(to_x(x, config))  # (50, W)
     picture("samples", F(z[:100]), 10, "samples")
@@ -295,9 +303,8 @@ def draw(run, data, config):
     steps = torch.linspace(-2.5, 2.5, 11)[:, None]  # standard deviations
     ways = steps * (variances.clamp(min=0).sqrt() * axes).T.flip(0)[:8, None]  # (8, 11, W)
     names = [f"direction {i + 1}" for i in range(len(ways))]
-    picture(
-        "traversals", (w[0] + ways.to(w)).flatten(0, 1), 11, "along main directions of w", names
-    )
+    what = "x₀ moved along main directions of w, −2.5 σ to 2.5 σ"
+    picture("traversals", (w[0] + ways.to(w)).flatten(0, 1), 11, what, names)
 
 
 def main(config):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is promised to the bit is promised for a CPU
 import shared
 
 import pytest
@@ -167,6 +168,35 @@ def toy_data(n=300, m=200, size=784, classes=10, name="mnist"):
 
     side = int(size**0.5)
     return shared.Data(name, *part(n), *part(m), torch.Size([1, side, side]))
+
+
+def size(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def trained(monkeypatch, tmp_path, module, losses, *arguments):
+    """The calls of train_step, which returns these losses, in a smoke run, and its checkpoint."""
+    calls = []
+
+    def train_step(*args):
+        calls.append(args)
+        return {name: torch.tensor(loss) for name, loss in losses.items()}
+
+    monkeypatch.setattr(module, "train_step", train_step)
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: {"eval/recon_mse": 0.0})
+    monkeypatch.setattr(module, "draw", lambda *_: None)
+    monkeypatch.setattr(module, "animate", lambda *_: None, raising=False)
+    train(monkeypatch, module, "--smoke", "--out-dir", tmp_path, "--run-name", "a", *arguments)
+    path = tmp_path / module.__name__ / "a/checkpoint.pt"
+    return calls, torch.load(path, weights_only=True)
+
+
+def prior_gap(module, z, config):
+    """As evaluate averages it: the distance to four draws of p(z), and of these to others."""
+    draws = [module.sample_prior(z, config, seed) for seed in range(1, 9)]
+    gap = sum(shared.prior.sliced_wasserstein(z, draw) for draw in draws[1::2]) / 4
+    pairs = zip(draws[::2], draws[1::2], strict=True)
+    return gap, sum(shared.prior.sliced_wasserstein(a, b) for a, b in pairs) / 4
 
 
 def record(monkeypatch):

@@ -9,7 +9,17 @@ import aae_freiburg as aae
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, fake_run, record, state_of, toy_data, train, watch
+from conftest import (
+    assert_same,
+    fake_run,
+    prior_gap,
+    record,
+    state_of,
+    toy_data,
+    train,
+    trained,
+    watch,
+)
 from PIL import Image
 from scipy.stats import wasserstein_distance
 from torch import nn
@@ -70,22 +80,22 @@ def test_january_normalises_after_the_leaky_relu_and_head_before(net):
 )
 def test_convolutions_are_freiburgs(shape, Z, K, channels, sizes):
     nets = aae.build(aae.Config(net="conv", latent_dim=Z), shape, K)
-    seen = {"Q": [], "P": []}
+    shapes = {"Q": [], "P": []}
 
-    def look(name):
-        return lambda layer, _, out: seen[name].append((layer.kernel_size[0], *out.shape[1:]))
+    def note(name):
+        return lambda layer, _, out: shapes[name].append((layer.kernel_size[0], *out.shape[1:]))
 
-    for name in seen:
+    for name in shapes:
         for layer in nets[name]:
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-                layer.register_forward_hook(look(name))
+                layer.register_forward_hook(note(name))
     x = torch.rand(2, shape.numel())
     assert nets["P"](torch.cat([nets["Q"](x), x[:, :K]], 1)).shape == x.shape
     kernels = [3, *(4 for _ in channels[1:])]
     down = list(zip(kernels, channels, sizes, sizes, strict=True))
-    assert seen["Q"] == [*down, (sizes[-1], Z, 1, 1)]
+    assert shapes["Q"] == [*down, (sizes[-1], Z, 1, 1)]
     up = zip([sizes[-1], *kernels[1:]], channels[::-1], sizes[::-1], sizes[::-1], strict=True)
-    assert seen["P"] == [*up, (3, *shape)]
+    assert shapes["P"] == [*up, (3, *shape)]
     assert len([m for m in nets.modules() if isinstance(m, nn.BatchNorm2d)]) == 2 * len(channels)
 
 
@@ -223,30 +233,14 @@ def test_each_role_has_its_own_rate():
     opts = start(aae.Config(lr=1.0, lr_D=2.0, lr_Q=3.0), 0)[1]
     rates = {role: opt.param_groups[0]["lr"] for role, opt in opts.items()}
     assert rates == {"P": 1, "Q_rec": 1, "D": 2, "Q_reg": 3}
+    assert all(opt.defaults["betas"] == (0.5, 0.999) for opt in opts.values())
 
 
 # Schedules
 
 
-def trained(monkeypatch, tmp_path, losses, *arguments):
-    """main with a train_step that notes its arguments and returns these losses."""
-    calls = []
-
-    def train_step(*args):
-        calls.append(args)
-        return {name: torch.tensor(loss) for name, loss in losses.items()}
-
-    monkeypatch.setattr(aae, "train_step", train_step)
-    monkeypatch.setattr(aae, "evaluate", lambda *_, **__: {"eval/recon_mse": 0.0})
-    monkeypatch.setattr(aae, "draw", lambda *_: None)
-    monkeypatch.setattr(aae, "animate", lambda *_: None)
-    train(monkeypatch, aae, "--smoke", "--out-dir", tmp_path, "--run-name", "a", *arguments)
-    path = tmp_path / aae.__name__ / "a/checkpoint.pt"
-    return calls, torch.load(path, weights_only=True)
-
-
 def test_the_balance_begins_anew_in_each_epoch(monkeypatch, tmp_path, cheap):
-    calls, _ = trained(monkeypatch, tmp_path, {"L_rec": 1.0, "L_D": 7.0, "L_Q": 8.0})
+    calls, _ = trained(monkeypatch, tmp_path, aae, {"L_rec": 1.0, "L_D": 7.0, "L_Q": 8.0})
     before = [(float(args[-1]["L_D"]), float(args[-1]["L_Q"])) for args in calls]
     guessing = pytest.approx((2 * math.log(2), math.log(2)))
     assert len(before) == 2 * 15
@@ -255,7 +249,9 @@ def test_the_balance_begins_anew_in_each_epoch(monkeypatch, tmp_path, cheap):
 
 
 def test_main_gives_each_image_its_class(monkeypatch, tmp_path, cheap):
-    calls, _ = trained(monkeypatch, tmp_path, {"L_rec": 1.0, "L_D": 1.0, "L_Q": 1.0}, "--labels")
+    calls, _ = trained(
+        monkeypatch, tmp_path, aae, {"L_rec": 1.0, "L_D": 1.0, "L_Q": 1.0}, "--labels"
+    )
     data = shared.load_data(aae.Config(smoke=True), torch.device("cpu"))
     for _, _, x, y, *_ in calls[:2]:
         i = torch.cdist(x, data.x_train).argmin(1)
@@ -263,7 +259,7 @@ def test_main_gives_each_image_its_class(monkeypatch, tmp_path, cheap):
 
 
 def test_a_stagnant_loss_divides_the_rates_by_5(monkeypatch, tmp_path, cheap):
-    _, saved = trained(monkeypatch, tmp_path, {"L_rec": 1.0}, "--lr-Q", 0, "--patience", 1)
+    _, saved = trained(monkeypatch, tmp_path, aae, {"L_rec": 1.0}, "--lr-Q", 0, "--patience", 1)
     assert [row["train/lr"] for row in saved["history"]["rows"]] == [2e-4, 2e-4]
     rates = [saved[role]["param_groups"][0]["lr"] for role in ("P", "Q_rec", "D")]
     assert rates == pytest.approx([4e-5] * 3)
@@ -313,14 +309,6 @@ def test_the_prior_is_cut_at_2_and_a_seed_leaves_the_random_numbers_alone():
     assert torch.get_rng_state().equal(before)
 
 
-def prior_gap(z, config):
-    """As evaluate averages it: the distance to four draws of p(z), and of these to others."""
-    draws = [aae.sample_prior(z, config, seed) for seed in range(1, 9)]
-    gap = sum(shared.prior.sliced_wasserstein(z, draw) for draw in draws[1::2]) / 4
-    pairs = zip(draws[::2], draws[1::2], strict=True)
-    return gap, sum(shared.prior.sliced_wasserstein(a, b) for a, b in pairs) / 4
-
-
 def test_sliced_wasserstein_and_the_floor():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 500, 1, generator=generator) * torch.tensor([[[1.0]], [[2.0]]])
@@ -331,9 +319,9 @@ def test_sliced_wasserstein_and_the_floor():
     assert shared.prior.sliced_wasserstein(a, a + shift) == pytest.approx(10 / math.pi, rel=0.1)
     config = aae.Config(latent_dim=2)
     z = aae.sample_prior(torch.empty(1000, 0), config, 99)
-    gap, floor = prior_gap(z, config)
+    gap, floor = prior_gap(aae, z, config)
     assert gap == pytest.approx(floor, rel=1) and floor < 0.06
-    assert prior_gap(1.5 * z, config)[0] > 0.2
+    assert prior_gap(aae, 1.5 * z, config)[0] > 0.2
 
 
 # Evaluation
@@ -367,8 +355,8 @@ def test_what_evaluate_measures(labels, monkeypatch):
         for kind, net in (("short", Q), ("long", Q[:-1])):
             torch.testing.assert_close(given[kind][0], net(data.x_train))
             torch.testing.assert_close(given[kind][1], net(data.x_test))
-        gap, floor = prior_gap(Q(data.x_test), config)
-        gap_train, _ = prior_gap(Q(data.x_train[:200]), config)
+        gap, floor = prior_gap(aae, Q(data.x_test), config)
+        gap_train, _ = prior_gap(aae, Q(data.x_train[:200]), config)
     assert metrics["eval/prior_gap"] == pytest.approx(gap, rel=1e-4)
     assert metrics["eval/prior_gap_floor"] == pytest.approx(floor, rel=1e-4)
     assert metrics["eval/prior_gap_train"] == pytest.approx(gap_train, rel=1e-4)

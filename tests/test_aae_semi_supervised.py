@@ -5,15 +5,11 @@ import shared
 import aae_semi_supervised as semi
 import pytest
 import torch
-from conftest import assert_same, fake_run, record, state_of, toy_data, train, watch
+from conftest import assert_same, fake_run, record, size, state_of, toy_data, train, trained, watch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy, one_hot
 
 PHASES = [("P", {"P"}), ("Q_rec", {"Q"}), ("D", {"D_y", "D_z"}), ("Q_reg", {"Q"}), ("Q_sup", {"Q"})]
-
-
-def size(net):
-    return sum(p.numel() for p in net.parameters())
 
 
 def test_losses():
@@ -25,22 +21,6 @@ def test_losses():
     torch.testing.assert_close(semi.L_Q(D, z_fake), binary_cross_entropy(fake, ones))
     x, logits = torch.rand(4, 7), torch.randn(4, 7)
     torch.testing.assert_close(semi.L_rec(logits, x), (x - logits.sigmoid()).pow(2).sum() / 28)
-
-
-def trained(monkeypatch, tmp_path, losses, *arguments):
-    """main with a train_step that notes its arguments and returns these losses."""
-    calls = []
-
-    def train_step(*args):
-        calls.append(args)
-        return {name: torch.tensor(loss) for name, loss in losses.items()}
-
-    monkeypatch.setattr(semi, "train_step", train_step)
-    monkeypatch.setattr(semi, "evaluate", lambda *_, **__: {"eval/recon_mse": 0.0})
-    monkeypatch.setattr(semi, "draw", lambda *_: None)
-    train(monkeypatch, semi, "--smoke", "--out-dir", tmp_path, "--run-name", "a", *arguments)
-    path = tmp_path / semi.__name__ / "a/checkpoint.pt"
-    return calls, torch.load(path, weights_only=True)
 
 
 def semi_start(config, K, X=784):
@@ -121,24 +101,25 @@ def test_labelled_batches_are_of_the_chosen_labels_alone(monkeypatch, tmp_path, 
         rates.append(opts["Q_sup"].param_groups[0]["lr"])
 
     monkeypatch.setattr(semi, "set_rates", spy)
-    calls, _ = trained(monkeypatch, tmp_path, {"L_rec": 1.0}, "--labels", 100)
+    calls, _ = trained(monkeypatch, tmp_path, semi, {"L_rec": 1.0}, "--labels", 100)
     data = shared.load_data(semi.Config(smoke=True), torch.device("cpu"))
     chosen = semi.balanced(data.y_train, 100, 0)
-    seen = set()
+    drawn = set()
     for _, _, x, (x_l, k_l), _ in calls:
         i = torch.cdist(x_l, data.x_train).argmin(1)
         assert x_l.shape == x.shape == (100, 784) and k_l.equal(data.y_train[i])
-        seen |= set(i.tolist())
-    assert seen == set(chosen.tolist()) and len(calls) == 2 * 20  # 100 images, in 4,000 draws
+        drawn |= set(i.tolist())
+    assert drawn == set(chosen.tolist()) and len(calls) == 2 * 20  # 100 images, in 4,000 draws
     falling = [0.004 * (1 - i / 20) for i in range(20)]
     assert rates == pytest.approx([0.004] * 20 + falling)
 
 
 def test_rates_fall_linearly():
-    config = semi.Config(lr=1.0, reg_lr=2.0, sup_lr=3.0, decay=0.5)
+    config = semi.Config(lr=1.0, lr_reg=2.0, lr_sup=3.0, decay=0.5)
     opts = semi_start(config, 10)[1]
-    for done, share in ((0, 1), (0.5, 1), (0.75, 0.5), (1, 0)):
-        semi.set_rates(opts, config, done)
+    assert all(opt.defaults["betas"] == (0.5, 0.999) for opt in opts.values())
+    for progress, share in ((0, 1), (0.5, 1), (0.75, 0.5), (1, 0)):
+        semi.set_rates(opts, config, progress)
         rates = {name: opt.param_groups[0]["lr"] for name, opt in opts.items()}
         expected = {"Q_rec": 1, "P": 1, "Q_sup": 3, "D": 2, "Q_reg": 2}
         assert rates == {name: rate * share for name, rate in expected.items()}
@@ -218,7 +199,7 @@ def test_noise_y_is_on_the_input_of_D_y_alone_and_in_training():
     [
         (["--labels", "1001"], "multiple of 10"),
         (["--cluster", "30", "--labels", "100"], "without --labels"),
-        (["--cluster", "1"], "one cluster is none"),
+        (["--cluster", "1"], "two or more"),
     ],
 )
 def test_bad_input(words, complaint, monkeypatch, tmp_path, capsys):

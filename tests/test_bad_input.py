@@ -1,6 +1,7 @@
 """What users get wrong: one clear line on stderr, exit code 2, and nothing written is lost."""
 
 import gzip
+import json
 import shutil
 
 import shared
@@ -16,9 +17,12 @@ CASES = [
     (FC_ALAE, ["--nonsense"], "--nonsense"),
     (FC_ALAE, ["--split", "test"], "--split"),
     (FC_ALAE, ["--epochs", "many"], "'many'"),
-    (FC_ALAE, ["--epochs", "-3"], "at least 0"),
+    (FC_ALAE, ["--epochs", "-3"], "must be in [0,"),
     (FC_ALAE, ["--lr", "nan"], "nan"),
-    (FC_ALAE, ["--lr", "inf"], "finite"),
+    (FC_ALAE, ["--lr", "inf"], "9.22e+18)"),
+    (FC_ALAE, ["--seed", "9" * 17], "4.29e+09)"),
+    (GAN, ["--beta1", "1"], "[0, 1)"),
+    (GAN, ["--smoke", "--critic-steps", "100"], "too many for --batch-size 128"),
     (FC_ALAE, ["--preset", "slow"], "--preset"),
     (FC_ALAE, ["--smoke", "--batch-size", "2001"], "larger than the training data"),
     (FC_ALAE, ["--device", "mps"], "no such device"),
@@ -33,6 +37,7 @@ CASES = [
     (FC_ALAE, ["--resume", "{tmp}/other.pt"], "a checkpoint of pca_gd"),
     (FC_ALAE, ["--resume", "{tmp}/old.pt"], "not of this version"),
     (FC_ALAE, ["--resume", "{root}/assets/fc_alae.pt"], "a trained model"),
+    (FC_ALAE, ["--resume", "{tmp}/preset.pt"], "not of this version"),
     (FC_ALAE, ["--eval", "{root}/assets/fc_alae.pt", "--lr", "1"], "--lr: leave it out"),
     (LINEAR, ["--smoke", "--k", "784"], "spans 624 dimensions"),
     (SEMI, ["--smoke", "--labels", "105"], "multiple of 10"),
@@ -54,6 +59,7 @@ def bad(tmp_path_factory):
     torch.save({"experiment": "pca_gd", "config": {}}, tmp / "other.pt")
     old = {"experiment": "train_fc_alae", "config": {"renamed_since": 1}}
     torch.save(old, tmp / "old.pt")
+    torch.save(old | {"config": {"preset": "renamed since"}}, tmp / "preset.pt")
     return tmp
 
 
@@ -61,7 +67,7 @@ def assert_refused(done, fragment):
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1 and fragment in lines[0], done.stderr
-    assert lines[0].split(" ")[:2][0].endswith(".py:")
+    assert lines[0].split(" ")[0].endswith(".py:")
 
 
 @pytest.mark.parametrize("file, arguments, fragment", CASES, ids=lambda case: str(case)[:60])
@@ -73,6 +79,15 @@ def test_refused_in_a_line(file, arguments, fragment, bad, here, tmp_path):
         arguments = [word for word in arguments if word not in ("--out-dir", tmp_path)]
     assert_refused(here(file, *arguments), fragment)
     assert not list(tmp_path.glob("*/*")), "a run's folder was left"
+
+
+def test_a_model_of_other_images_is_refused_and_its_run_says_so(here, tmp_path):
+    for i in range(100):
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / f"{i}.png")
+    how = ["--eval", ROOT / "assets/fc_alae.pt", "--dataset", f"folder:{tmp_path}"]
+    assert_refused(here(FC_ALAE, *how, "--out-dir", tmp_path, "--run-name", "mine"), "does not fit")
+    summary = json.loads((tmp_path / "train_fc_alae/mine/summary.json").read_text())
+    assert summary["status"] == "failed"
 
 
 def test_wandb_without_a_login_is_refused_before_training(tmp_path):

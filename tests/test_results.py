@@ -1,6 +1,7 @@
 """Sweeps run here as W&B would run them; tables and figures say what the kept runs say."""
 
 import contextlib
+import fcntl
 import importlib
 import json
 import os
@@ -153,6 +154,28 @@ def test_what_was_stopped_goes_on_and_what_never_began_starts_anew(fake, capsys)
     assert status(new) == "done" and not (new / "config.json").exists()
     said = capsys.readouterr().out
     assert "study-seed0 goes on" in said and "study-seed1 starts" in said
+
+
+def test_a_run_of_other_options_is_refused_and_more_words_are_options_too(fake, capsys):
+    fake(0, more=["--device=cpu"])
+    fake(0, more=["--device=cpu", "--wandb"])  # done
+    for more in ([], ["--device=cpu", "--joint"]):
+        with pytest.raises(SystemExit) as stop:
+            fake(0, more=more)
+        assert stop.value.code == 2 and "of another command" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_trains_is_left_alone(fake, capsys):
+    fake.folder.mkdir(parents=True)
+    (fake.folder / "study-seed0").mkdir()
+    with open(fake.folder / "study-seed0.log", "w") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit) as stop:
+            fake(0)
+    assert stop.value.code == 1 and "study-seed0 is in another process" in capsys.readouterr().out
+    assert (fake.folder / "study-seed0").exists()
+    fake(0)
+    assert status(fake.folder / "study-seed0") == "done"
 
 
 def test_a_failing_run_is_named_with_its_last_words_and_the_others_are_trained(fake, capsys):
@@ -402,7 +425,7 @@ def test_the_ablation_is_drawn_from_the_worst_to_the_best():
     found = figures.study(ROOT / "results", "linear_alae", "ablation")
     assert len(found) == 18 and all(len(seeds) == 3 for seeds in found.values())
     labels = [
-        text.get_text()
+        text.get_text().removesuffix(": nothing changed")
         for text in figures.linear_ablation(ROOT / "results").axes[0].get_yticklabels()
     ]
     worst = {name: max(run["ratio_test"] for run in found[name].values()) for name in labels}
@@ -418,9 +441,9 @@ def test_every_figure_is_drawn_from_what_is_kept(name):
 
 
 def test_the_official_main_branch_leaves_208_outputs_of_G_alone():
-    seen, used = figures.official_resampling(None).axes
+    of_E, used, _ = figures.official_resampling(None).axes
     assert "208 of G's 784" in used.get_title()
-    digits, resampled = np.split(seen.get_images()[0].get_array(), 2)
+    digits, resampled = np.split(of_E.get_images()[0].get_array(), 2)
     kept = [row for row in range(28) if row not in (5, 13, 21)]
     lines = np.vstack([digits[:2] * 0, digits[kept], digits[:1] * 0])  # of the first digit's rows
     first = np.hstack([lines[:, :2] * 0, lines[:, kept], lines[:, :1] * 0])

@@ -100,6 +100,7 @@ def test_a_resumed_run_goes_on_with_its_clock_and_the_random_states_of_all_gpus(
     restored, states = [], [torch.tensor([i], dtype=torch.uint8) for i in (7, 8)]
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
     monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(states))
     module = importlib.import_module("train_fc_alae")
     options = ["--batch-size", 400, "--out-dir", tmp_path, "--run-name", "mine"]
     train(monkeypatch, module, *options, "--epochs", 1)

@@ -145,7 +145,8 @@ def test_recon_mse_clips():
 
 
 def test_the_committed_lenet_is_right_on_99_percent(mnist):
-    assert shared.lenet.identity(mnist.images(mnist.x_test), mnist.y_test) >= 99
+    right = shared.lenet.identity(mnist.images(mnist.x_test), mnist.y_test)
+    assert right == pytest.approx(99.44, abs=0.015)  # other weights make other numbers
     assert (ROOT / "assets" / "lenet.pt").stat().st_size < 1e6
 
 

@@ -18,7 +18,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits, softplus
 
 ENCODERS = [(alae, {}), (ae, {}), (ae, {"loss": "vae"}), (bigan, {}), (lr, {})]
-LOSSES = ("minimax", "non_saturating", "r1", "wgan_gp")
+LOSSES = ("minimax", "non-saturating", "r1", "wgan-gp")
 each_encoder = pytest.mark.parametrize("module, options", ENCODERS)
 
 
@@ -478,18 +478,18 @@ def test_gan_losses(loss):
     one, config = torch.ones(6, 1), gan.Config(loss=loss)
     loss_D, penalty = gan.L_D(D, 3 * one, 2 * one, config)
     usual = softplus(torch.tensor(-3.0)) + softplus(torch.tensor(2.0))
-    torch.testing.assert_close(loss_D, torch.tensor(-1.0) if loss == "wgan_gp" else usual)
+    torch.testing.assert_close(loss_D, torch.tensor(-1.0) if loss == "wgan-gp" else usual)
     assert penalty == (5 if loss == "r1" else 0)  # γ/2; (1 − 1)²
     penalty = gan.L_D(lambda x: 3 * x, 3 * one, 2 * one, config)[1]
-    assert penalty == {"r1": 45, "wgan_gp": 40}.get(loss, 0)  # γ/2 3²; λ (3 − 1)²
-    expected = {"minimax": -2.1269, "wgan_gp": -2.0}.get(loss, 0.1269)
+    assert penalty == {"r1": 45, "wgan-gp": 40}.get(loss, 0)  # γ/2 3²; λ (3 − 1)²
+    expected = {"minimax": -2.1269, "wgan-gp": -2.0}.get(loss, 0.1269)
     assert gan.L_G(2 * one, loss).item() == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_what_a_gan_step_moves(loss):
     torch.manual_seed(0)
-    critic_steps = 5 if loss == "wgan_gp" else 1
+    critic_steps = 5 if loss == "wgan-gp" else 1
     images = 4 * critic_steps
     config = gan.Config(loss=loss, batch_size=images, critic_steps=critic_steps, latent_dim=5)
     nets = gan.build(config, 16)
@@ -507,7 +507,7 @@ def test_what_a_gan_step_moves(loss):
     assert {len(batch) for batch in seen} == {4}
     gradient = torch.cat([p.grad.flatten() for p in nets["G"].parameters()])
     torch.testing.assert_close(losses["grad_norm_G"], gradient.norm())
-    assert ("penalty" in losses) == (loss in ("r1", "wgan_gp"))
+    assert ("penalty" in losses) == (loss in ("r1", "wgan-gp"))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -546,9 +546,9 @@ def test_presets_are_losses_with_what_they_need():
         parsed("--preset", "r1", "--lr", "0.5"),
         parsed("--preset=wgan-gp"),
     )
-    assert (default.loss, default.norm, default.lr) == ("non_saturating", "spectral", 0.002)
+    assert (default.loss, default.norm, default.lr) == ("non-saturating", "spectral", 0.002)
     assert (r1.loss, r1.norm, r1.lr) == ("r1", "none", 0.5)
-    assert (wgan.loss, wgan.norm, wgan.lr) == ("wgan_gp", "none", 1e-4)
+    assert (wgan.loss, wgan.norm, wgan.lr) == ("wgan-gp", "none", 1e-4)
     assert (wgan.batch_size, wgan.critic_steps) == (640, 5)  # 128 for each
 
 

@@ -239,6 +239,7 @@ def test_main_gives_the_rates_their_decay_and_shrinks_a_smoke_run(monkeypatch, t
 
     def train_step(nets, opts, x, config):
         rates.append([opt.param_groups[0]["lr"] for opt in opts.values()])
+        assert all(opt.defaults["alpha"] == 0.9 for opt in opts.values())
         sizes.add((tuple(x.shape), x.min().item(), config.width))
         return {"L_prior": torch.zeros(())}
 
