@@ -9,8 +9,7 @@ step on fresh z ~ N(0, I):
     III. E, G  minimise  ‖F(z) − E(G(F(z)))‖²
 
     python step3_official_alae/train_fc_alae.py                             # official, 20 epochs
-    python step3_official_alae/train_fc_alae.py --preset fast               # ours, 50 epochs
-    python step3_official_alae/train_fc_alae.py --preset signed             # ours, better codes
+    python step3_official_alae/train_fc_alae.py --preset signed             # ours, 50 epochs
     python step3_official_alae/train_fc_alae.py --eval assets/fc_alae.pt    # the trained model
 
 Expect (seed 0, test images): official LeNet-FID 148, identity 88.4 %; fast 3.4 and 95.3 %; signed
