@@ -10,7 +10,6 @@ skipped and what was stopped goes on, so this may be stopped, and started again,
 """
 
 import argparse
-import fcntl
 import itertools
 import json
 import os
@@ -26,6 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared import ROOT, fail
 
 from wandb.sdk.launch.sweeps import utils
+
+try:
+    import fcntl
+except ImportError:  # Windows: there a second start is not noticed
+    fcntl = None
 
 RUNNING = []  # processes; some have ended
 
@@ -70,14 +74,22 @@ def is_done(folder, command):
     return summary["status"] == "done"
 
 
+def lock(file):
+    """Whether no other process has the file, which is ours from now on, and our children's."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def train(folder, command):
     """Trains a run, or goes on with it; returns its exit code. Its words go to a log."""
     checkpoint = folder / "checkpoint.pt"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a+") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run holds it, too
-        except BlockingIOError:
+        if not lock(log):
             print(f"{folder.name} is in another process's hands", flush=True)
             return 1
         if checkpoint.exists():
