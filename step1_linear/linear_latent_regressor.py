@@ -180,7 +180,7 @@ def draw(run, data, config):
 
 def main(config):
     device = shared.setup(config)
-    data = shared.load_data(config, device)
+    data = shared.load_data(config, device, size=28)
     shared.pca.fit(data.x_train, config.k)  # refuses a k that is too large
     nets = build(config, data.x_train).to(device)
     opts = optimizers(nets, config)

@@ -182,7 +182,7 @@ def main(config):
     if config.resume or config.eval:
         shared.fail("--resume, --eval: a run takes a minute, start it again")
     device = shared.setup(config)
-    data = shared.load_data(config, device)
+    data = shared.load_data(config, device, size=28)
     _, V, mean = shared.pca.fit(data.x_train, config.k)
     _, S = shared.pca.moments(data.x_train)
     projection = nn.Module()  # x̂ = mean + C Cᵀ(x − mean)
