@@ -42,7 +42,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent
 DATASETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 OF_THE_MACHINE = {"device", "data_dir", "out_dir", "run_name", "wandb", "resume", "eval"}
-BESIDE_RESUME = {"resume", "epochs", "device", "data_dir", "wandb"}  # options that it takes
+BESIDE_RESUME = {"resume", "epochs", "device", "data_dir", "wandb"}  # allowed beside --resume
 BESIDE_EVAL = OF_THE_MACHINE | {"dataset", "split", "smoke", "eval_weights"}
 NO_SETTING = OF_THE_MACHINE | {"epochs", "eval_every", "seed", "dataset", "split"}
 
@@ -167,8 +167,8 @@ def fastest_exact_matmul(device):
 
 
 def products(config, device):
-    """A context for each optimizer's step: products and convolutions in bf16, if config says so.
-    None inside another: casts of weights are kept until no context is around any more."""
+    """A context for one optimizer's step: products and convolutions in bf16, if config says so. Not
+    to be nested: autocast keeps its copies of weights until the outermost context ends."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
@@ -218,8 +218,8 @@ class Data(NamedTuple):
 def load_data(config, device, size=64):
     """Data of config.dataset and config.split; pictures of a folder become squares of that size.
 
-    Test images of dw are the official ones, of sw a sixth of the others, of val, for choices,
-    another; 60,000, 50,000, 40,000 images of MNIST train. A folder's dw is its sw.
+    dw tests on the official test images, sw on a sixth of the others, val, for choices, on another
+    sixth; they train on 60,000, 50,000 and 40,000 images of MNIST. A folder's dw is its sw.
     """
     name, limit = config.dataset, 2000 if config.smoke else 10**9
     if name.startswith("folder:"):
@@ -316,8 +316,8 @@ def write_json(path, content):
 class Run:
     """The folder of a run, its table of metrics, its pictures, and its mirror in W&B.
 
-    nets: an nn.ModuleDict, those that are evaluated and kept as model.pt. steps: in an epoch.
-    Where config has steps, no epochs, an 'epoch' is a row: eval_every steps, named by its last.
+    nets: an nn.ModuleDict of what is evaluated and kept as model.pt. steps: how many an epoch has.
+    If config counts steps, an 'epoch' is a row of the table: eval_every steps, named by the last.
     """
 
     def __init__(self, config, device, nets, steps=1):

@@ -16,14 +16,16 @@ convolutions (3, 4); in 1 and 3 P and D also see the class y, so that z is left 
 
 Expect (--preset ours, seed 0): test MSE 0.0232, identity 90.1 %, prior gap 0.033, floor 0.017.
 
-Presets january (commit 87b475a) and head (2c29b54) are states of that code. Deviations from it:
- 1. Rates are divided by hand there; january's here by 5 whenever --patience epochs bring the
-    training's L_rec down by less than 1 %. A last stage of RMSprop is left out.
- 2. TensorFlow's RMSprop begins with an average of 1, not 0, and has ε under the root. Weights
-    begin Xavier-uniform and biases at 0, not as PyTorch's. january's transposed convolutions have
-    no bias, head's first one has 3,136. L_D is halved; january's balance draws a z of its own.
- 3. mixed and ours are no state of it: head's nets, losses and balance, january's phases and Adam.
-    ours has rates and bn_momentum from trials on val that are not kept.
+Presets january (commit 87b475a) and head (2c29b54) are two states of that code. Deviations from it:
+ 1. There rates are divided by hand. Here (but in head) they are divided by 5 whenever --patience
+    epochs bring the training's L_rec down by less than 1 %. There is no last stage of RMSprop here.
+ 2. Only there: TensorFlow's RMSprop begins with an average of 1, not 0, and has ε under the root.
+    Weights begin Xavier-uniform and biases at 0, not as PyTorch's. january's transposed
+    convolutions have no bias, head's first one has 3,136. L_D is halved. january's balance rule
+    draws a z of its own.
+ 3. mixed and ours are not states of that code. They have head's nets, losses and balance rule, and
+    january's phases and Adam. The rates and bn_momentum of ours are from trials on val that are
+    not kept.
  4. faces: january's nets and rates, but images in [0, 1] and a sigmoid, not [−1, 1] and tanh.
  5. Animations: of one class, not of each; few shades; dimensions.gif has 5 × 5 images, not 5⁴,
     grid.gif images of half the size, and time that goes one way.

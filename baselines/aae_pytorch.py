@@ -13,11 +13,11 @@ batch three phases, one after the other (paper §2); p(z) is N(0, σ²I):
 Expect (seed 0, test images): MSE 0.047, identity 55 %, prior gap 0.16, nine times its floor.
 
 Deviations from that code, README and script (commit 30c05b6):
- 1. It trains on 47,000 images with seed 10, the script for 500 epochs; here on 60,000, 30 epochs,
-    any seed. The README names neither epochs nor the dimension of z; 2 is the script's.
- 2. P lacks the ReLU of its second layer there, a bug: --no-relu-P.
- 3. Losses come from logits, not from log(D + 1e-15), and images from [0, 1] directly; there they
-    are standardised first, and then taken back.
+ 1. There 47,000 training images, seed 10, and in the script 500 epochs; here 60,000 images, any
+    seed, 30 epochs. The README names neither epochs nor the dimension of z; 2 is the script's.
+ 2. There the second layer of P has no ReLU, which is a bug; --no-relu-P does the same.
+ 3. Here losses are computed from logits, there from log(D + 1e-15). Here images are in [0, 1] from
+    the start; there they are standardised first, and then transformed back.
  4. Dropout masks of the generator's pass are drawn before those of D.
  5. Paper: SGD with momentum, no dropout, and a squared error.
 """

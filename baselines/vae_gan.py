@@ -169,11 +169,11 @@ def train_step(nets, opts, x, config):
         logits = [shared.fp32(Dis[1](part)) for part in features]
     prior, llike, gan = kl(mu, log_var).mean(), L_llike(*features[:2]), L_GAN(logits)
 
-    # What L_llike asks of x̃, and L_GAN of x̃ and x_p; and the gradient of Dis, of L_GAN alone.
+    # Gradients of L_llike at x̃, and of L_GAN at x̃ and x_p. Dis learns from L_GAN alone.
     (g_llike,) = grad(llike, leaves[:1], retain_graph=True)
     *g_Dis, g_rec, g_p = grad(gan, [*Dis.parameters(), *leaves])
     descend(opts["Dis"], g_Dis)
-    # What L_llike asks of z, through Dec, whose weights get nothing of it.
+    # Gradient of γ_E L_llike at z, through Dec: it is for Enc alone, not for Dec's weights.
     (g_z,) = grad(fakes[0], [z], config.gamma_enc * g_llike, retain_graph=True)
     # Dec: γ L_llike − L_GAN
     descend(opts["Dec"], grad(fakes, [*Dec.parameters()], [config.gamma * g_llike - g_rec, -g_p]))

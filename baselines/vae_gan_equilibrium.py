@@ -1,7 +1,8 @@
 """VAE-GAN with an equilibrium rule, github.com/lucabergamini/VAEGAN-PYTORCH; paper: 1512.09300.
 
-The losses are those of vae_gan.py, but sums over features, codes and batch; the reconstruction
-x̃ = Dec(z), z ~ N(μ, diag s²), is left out of L_GAN; and who is far ahead of the other rests:
+The losses are those of vae_gan.py with three changes. They are sums over features, codes and batch;
+the reconstruction x̃ = Dec(z), z ~ N(μ, diag s²), is left out of L_GAN; and Dec or Dis skips its
+update (rests) while it is far ahead of the other:
 
     L_prior = ½ Σ (μ² + s² − 1 − log s²)                                                   (eq. 4)
     L_llike = ½ ‖Dis_l(x) − Dis_l(x̃)‖²                                               (eqs. 7, 8)
@@ -21,8 +22,9 @@ Deviations from the public code as of its last commits of main.py and network.py
  1. It adds 0.001 inside the logarithms of L_GAN; here softplus(−l) = −log σ(l) of Dis's logit l.
  2. It crops faces to their middle 148×148 pixels, smooths them, and resizes them by cubic
     interpolation. Here the largest central square (178×178), by Lanczos.
- 3. main.py's learning rate is 3e-4 (--preset rate). The default is 1e-4: its README's, of an
-    early main.py (29102a9) with mean losses and another decay and rule. All else is the last's.
+ 3. The last main.py has the learning rate 3e-4 (--preset rate). The default here is 1e-4, the
+    README's, which belongs to an early main.py (29102a9) with mean losses and another decay and
+    rule. Everything else is as in the last main.py.
  4. --joint is the single pass of main_1.py alone. That file also has x̃ in L_GAN, and compares x_p
     with x.
  5. With --gan-reconstruction x̃ joins the second pass; the rule still looks at x and x_p.
@@ -219,7 +221,7 @@ def train_step(nets, opts, x, config):
     gan = terms.sum()
     train_Dis, train_Dec = who_trains(terms / len(x), config)
 
-    # What L_llike and Dec's GAN loss ask of x̃ and x_p; and the gradient of Dis, of L_GAN alone.
+    # Gradients of L_llike and of Dec's GAN loss at x̃ and x_p. Dis learns from L_GAN alone.
     g_llike = grad(llike, leaves, retain_graph=True, materialize_grads=True)
     if config.swapped_labels:  # −log(1 − Dis(x)) − log Dis(x_p): the logits change their signs
         swapped = cross_entropies([-part for part in logits]).sum()
@@ -228,7 +230,7 @@ def train_step(nets, opts, x, config):
     g_gan = g_swapped if config.swapped_labels else (-g_rec, -g_p)
     if train_Dis:
         descend(opts["Dis"], g_Dis, config)
-    # What L_llike asks of z, through Dec, whose weights get nothing of it.
+    # Gradient of γ_E L_llike at z, through Dec: it is for Enc alone, not for Dec's weights.
     (g_z,) = grad(fakes[0], [z], config.gamma_enc * g_llike[0], retain_graph=True)
     if train_Dec:  # λ L_llike − (1 − λ) L_GAN
         share = config.lambda_mse

@@ -46,10 +46,11 @@ def main():
         x_fake = alae.to_pixels(shared.chunked(generator, z), config)
         fids.append(shared.lenet.fid(real, data.images(x_fake)))
     text = "# LeNet-FID of real digits, and of ten draws of z\n\n"
-    text += f"{mean_std(floors, '.2f')}: six disjoint sets of 10,000 training images, each against "
-    text += "the test images.\n\n"
-    text += f"{mean_std(fids, '.2f')}, from {min(fids):.2f} to {max(fids):.2f}: samples of "
-    text += f"`{MODEL}`, of ten draws of z; its evaluation has the first, {fids[0]:.2f}.\n\n"
+    text += "Real digits (six disjoint sets of 10,000 training images, each against the test "
+    text += f"images): {mean_std(floors, '.2f')}.\n\n"
+    text += f"Samples of `{MODEL}` (ten draws of z): {mean_std(fids, '.2f')}, from "
+    text += f"{min(fids):.2f} to {max(fids):.2f}. The model's evaluation uses the first draw, "
+    text += f"{fids[0]:.2f}.\n\n"
     text += "By `python results/fid_floor.py`.\n"
     (shared.ROOT / "results/fid_floor.md").write_text(text)
 

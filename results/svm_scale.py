@@ -60,7 +60,7 @@ def main(experiment, path):
     for name, net in nets.items():
         net.load_state_dict(checkpoint[name])
     command = checkpoint["history"]["commands"][0]
-    print(f"Of `{command}`, {shared.hardware(device)}:\n\n{table(config, data, nets)}")
+    print(f"Features of `{command}`, {shared.hardware(device)}:\n\n{table(config, data, nets)}")
 
 
 if __name__ == "__main__":

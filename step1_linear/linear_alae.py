@@ -11,19 +11,22 @@ decay in Step II is ours:
 A linear critic D(w) = bᵀw cannot work. Step I is convex in a = Eᵀb and its gradient at a = 0 is
 ½(⟨GFz⟩ − ⟨x⟩) = 0: on centred data the best critic is zero. Step II then has nothing to follow,
 and Step III contains no data: it asks EG = I.
-A quadratic critic D(w) = wᵀAw − c sees covariances, but A = BᵀB is not enough. Take the slope ½ of
-softplus at 0, γ = 0 and F = I. If EΣEᵀ = I, EG = I and A = 0, every gradient vanishes, whatever
-the k-dimensional space that E looks at.
-The decay ν keeps A from vanishing. Now Step I, A E(GGᵀ − Σ) = 0, gives G = ΣEᵀ; Step II gives
-EᵀA = νG; Step III EG = I. Together EΣ = AE/ν: the rows of E span an eigenspace of Σ, A = νΛ there,
-E = Λ^(−½)Vᵀ whitens, and GE is its projector. R1 only stretches: GᵀG = Λ(1 − 8γν), EEᵀ its
-inverse, as long as 8γν < 1; here that is 0.2.
-Of these eigenspaces PCA's is the stable one in the gradient flow, linearised: a turn of eᵢ from
-eigenvector i inside towards j outside, and of gᵢ, moves by (ė, ġ) = ν (λᵢ(λⱼ e − g), λᵢ e − g),
-which dies out if λᵢ > λⱼ and λᵢλⱼ < 1. (Adam arrives beyond the second, too: --preset unscaled.)
-On the way there an eigenvalue of BᵀB may fall to 0 and stay, since B's gradient vanishes with B: on
-Fashion-MNIST D goes blind in a direction and E misses one. So A = BᵀB + φνI: D sees them all, and
-as long as φ < λ_k (1 − 8γν) nothing changes at rest.
+A quadratic critic D(w) = wᵀAw − c sees covariances, but A = BᵀB is not enough. Replace softplus by
+its tangent of slope ½ at 0, and take γ = 0 and F = I. If EΣEᵀ = I, EG = I and A = 0, every gradient
+vanishes, whichever k-dimensional subspace E looks at.
+
+The decay ν keeps A from vanishing. At a fixed point Step I, A E(GGᵀ − Σ) = 0, gives G = ΣEᵀ; Step
+II gives EᵀA = νG; Step III gives EG = I. Together EΣ = AE/ν. So the rows of E span an eigenspace of
+Σ; there A = νΛ, E = Λ^(−½)Vᵀ whitens the data, and GE is the projector. R1 only stretches this:
+GᵀG = Λ(1 − 8γν), and EEᵀ is its inverse, as long as 8γν < 1; here 8γν is 0.2.
+
+Of these eigenspaces PCA's is the stable one in the linearised gradient flow. Let eᵢ turn by e, and
+gᵢ by g, from eigenvector i inside towards j outside. Then (ė, ġ) = ν (λᵢ(λⱼ e − g), λᵢ e − g),
+which dies out if λᵢ > λⱼ and λᵢλⱼ < 1. (Adam also arrives where λᵢλⱼ > 1: --preset unscaled.)
+
+On the way there an eigenvalue of BᵀB may fall to 0. There it stays, since B's gradient vanishes
+with B: on Fashion-MNIST D goes blind in a direction, and E misses one. Hence A = BᵀB + φνI: D sees
+every direction, and as long as φ < λ_k (1 − 8γν) the fixed points stay as they are.
 
     python step1_linear/linear_alae.py                           # MNIST, k = 10; or --k 50
     python step1_linear/linear_alae.py --preset student          # the student's, which fails
@@ -35,9 +38,11 @@ Deviations from the paper:
  1. Linear maps without bias, F = I, the decay ν and the floor φ. x is scaled to the energy of z,
     ⟨‖x‖²⟩ = k.
  2. Each step has an Adam of its own; in the paper one is for (E, D) and one for (F, G).
- 3. The learning rates fall linearly to 1 %, since Adam with β₁ = 0 keeps shaking the weights by
-    about lr. D's is smaller: README.md. γ is 0.5, not 10: 8γν < 1.
- 4. G starts at 0. Without the floor that is needed (README.md), with it PyTorch's weights do.
+ 3. The learning rates fall linearly to 1 %, since Adam with β₁ = 0 keeps moving the weights by
+    about lr. D's rate is smaller (README.md says when it matters). γ is 0.5, not 10, so that
+    8γν < 1.
+ 4. G starts at 0. Without the floor this is needed (README.md); with it PyTorch's initial weights
+    are good enough.
  5. --preset student: autoencoders.py of github.com/ariel415el/LabProject-ALAE. Its penalty,
     γ/2 (‖∇ₓD‖ − 1)², is not convex in a and pulls ‖a‖ to 1: what is said above of a linear critic
     holds for R1. There D has no bias, and main.py has z in 50 dimensions and lr 0.001.

@@ -8,15 +8,17 @@ As BiGAN's authors define them (arXiv 1605.09782 §4), each updated once per ite
     E   minimises  ‖z − E G z‖² + ρ ‖E‖²
 
 A linear critic finds nothing in centred data (linear_alae.py says why). A quadratic one,
-D(x) = xᵀAx + c, compares Σ with GGᵀ. Take softplus's slope ½ at 0. Against R1 the best A is
-A_ab = (Σ − GGᵀ)_ab / 4γ(λ_a + λ_b) in the eigenbasis. At G = VΛ^½ (k leading eigenvectors) A is
-1/8γ on each direction j outside, which pulls G there, and 0 inside; but if a column of G turns by
-ε from i to j, A_ij answers, and the net force on ε is −ε/8γ · (λᵢ − λⱼ)/(λᵢ + λⱼ): back, if
-λᵢ > λⱼ. So PCA is what attracts, as fast for small eigenvalues as for large ones, provided that D
-answers faster than G moves: hence G's smaller learning rate.
+D(x) = xᵀAx + c, compares Σ with GGᵀ. Replace softplus by its tangent of slope ½ at 0. With R1 the
+best A, in the eigenbasis, is A_ab = (Σ − GGᵀ)_ab / 4γ(λ_a + λ_b).
 
-E only ever sees G z: off the span of G its initial weights would stay. The ridge ρ, which is what
-noise of variance ρ on E's input amounts to, removes them; it shortens E G by at most ρ/λ_k.
+Is PCA stable? Let G = VΛ^½, with the k leading eigenvectors. Then A is 0 inside their span, and
+1/8γ on each direction j outside, which pulls G there. But if a column of G turns by ε from i to j,
+A_ij answers. The net force on ε is −ε/8γ · (λᵢ − λⱼ)/(λᵢ + λⱼ), which turns it back if λᵢ > λⱼ.
+So PCA attracts, as fast for small eigenvalues as for large ones, provided that D answers faster
+than G moves: hence G's smaller learning rate.
+
+E only ever sees G z, so outside the span of G it would keep its initial weights. The ridge ρ
+removes them. It acts like noise of variance ρ on E's input, and shortens E G by at most ρ/λ_k.
 
     python step1_linear/linear_latent_regressor.py             # LR on MNIST, k = 10; or --k 50
     python step1_linear/linear_latent_regressor.py --joint     # JLR

@@ -20,7 +20,7 @@ github.com/podgorskiy/ALAE):
  2. Step III moves E and G alone; in the code F moves as well (its target is detached, its input is
     not). D does not, but its zero gradients shrink its second moment.
  3. Equalized learning rate as in PGGAN: weights ŵ ~ N(0, 1/lrmul²), scaled at run time by c =
-    √2 lrmul/√fan_in, under torch.optim.Adam; the code's LREQAdam is the same in effect, but for ε.
+    √2 lrmul/√fan_in, under torch.optim.Adam; the code's LREQAdam does the same, except for ε.
  4. D is a network, with leaky ReLU between its layers; the code's D is a product of three matrices.
  5. E ends in a linear layer; the code's E ends in a leaky ReLU, as F does in both.
  6. The paper names no rate and no batch. 0.004 and 64 are ours: leads found on test images, then
@@ -170,7 +170,7 @@ def evaluate(nets, data, config, full=False):
 
 @torch.no_grad()
 def draw(run, data, config):
-    """Samples, reconstructions, and ways between two w."""
+    """Samples, reconstructions, and interpolations between two w."""
     F, G, E = run.nets["F"], run.nets["G"], run.nets["E"]
     x, z = data.x_test[:50], fixed_z(100, config, data.x_test.device)
     title = f"ALAE, epoch {run.epoch}"

@@ -18,7 +18,7 @@ Expect (20 epochs, test images, seeds 0, 1): AE(l2) MSE 0.0053, identity 99.2 %,
 Deviations from the paper's comparison (ALAE §6.1, BiGAN §4.2), which leaves its autoencoders open:
  1. E and G are ALAE's fully connected nets, leaky ReLU 0.2, without batch norm, He-initialised.
  2. Adam 0.001, β = (0.9, 0.999), PyTorch's defaults, batch 128; BiGAN's code has no autoencoder.
-    l1, l2 and bce are means over pixels, not sums: Adam undoes that factor, but for ε.
+    l1, l2 and bce are means over pixels, not sums: Adam undoes this factor, except for ε.
  3. A plain autoencoder has no prior. Its samples are G of a Gaussian with mean and covariance of
     the training codes.
  4. The VAE's short features are μ; its reconstructions G(μ) and samples G(z) are the means of p,
@@ -141,7 +141,7 @@ def evaluate(nets, data, config, full=False):
 
 @torch.no_grad()
 def draw(run, data, config):
-    """Samples, reconstructions, and ways between two codes."""
+    """Samples, reconstructions, and interpolations between two codes."""
     x = data.x_test[:50]
     title = f"AE({config.loss}), epoch {run.epoch}"
 

@@ -16,9 +16,9 @@ of the paper's code has 95.41 / 96.28 % at that epoch.
 
 Deviations from the paper (P) or its code (C: github.com/jeffdonahue/bigan, train_mnist.sh):
  1. P, C: 400 epochs; here 25 by default, which fit a CPU.
- 2. C: both losses are scaled down. Adam undoes that but for ε and the weight decay, which is
-    relatively stronger there. That matters at first: D's last layer starts at 0, and then weight
-    decay is all that moves the other layers.
+ 2. C: both losses are scaled down. Adam undoes this, except for ε and the weight decay: the decay
+    is relatively stronger there. This matters at first: D's last layer starts at 0, and as long as
+    it is 0, weight decay alone moves the other layers.
 Reconstructions are G(2σ(E(x)) − 1), from a deterministic E, as in P's figures.
 """
 
@@ -175,7 +175,7 @@ def evaluate(nets, data, config, full=False):
 
 @torch.no_grad()
 def draw(run, data, config):
-    """Samples, reconstructions, and ways between two codes; with evaluate's batch statistics."""
+    """Samples, reconstructions, interpolations of codes; with evaluate's batch statistics."""
     run.nets.eval()
     G, E = run.nets["G"], run.nets["E"]
     x, z = data.x_test[:50], fixed_z(100, config, data.x_test.device)

@@ -200,7 +200,7 @@ def evaluate(nets, data, config, full=False):
 
 @torch.no_grad()
 def draw(run, data, config):
-    """Samples, and ways between two z."""
+    """Samples, and interpolations between two z."""
     run.nets.eval()
     G = run.nets["G"]
     z = fixed_z(100, config, data.x_test.device)

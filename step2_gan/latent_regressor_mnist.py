@@ -18,8 +18,8 @@ Expect (25 epochs, test images, seeds 0, 1): LR MSE 0.025, SVM short 89.3 ± 0.2
 
 Deviations from the paper (P) or its code (C: github.com/jeffdonahue/bigan, train_mnist.sh):
  1. P, C: 400 epochs; here 25 by default, which fit a CPU.
- 2. C: D's loss, and in JLR also what E minimises (¼ L_err_E), are scaled, which Adam undoes but for
-    ε and the weight decay, which is relatively stronger there.
+ 2. C: D's loss, and in JLR also what E minimises (¼ L_err_E), are scaled. Adam undoes this, except
+    for ε and the weight decay: the decay is relatively stronger there.
 E is trained on samples, and evaluated with the batch statistics of data, as in C.
 """
 
@@ -187,7 +187,7 @@ def evaluate(nets, data, config, full=False):
 
 @torch.no_grad()
 def draw(run, data, config):
-    """Samples, reconstructions, and ways between two codes; with evaluate's batch statistics."""
+    """Samples, reconstructions, interpolations of codes; with evaluate's batch statistics."""
     run.nets.eval()
     G, E = run.nets["G"], run.nets["E"]
     x, z = data.x_test[:50], fixed_z(100, config, data.x_test.device)

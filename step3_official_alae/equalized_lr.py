@@ -1,17 +1,17 @@
 """LREQAdam, ALAE's official optimizer, is PGGAN's equalized learning rate (arXiv 1710.10196 §4.1).
 
-PGGAN keeps ŵ ~ N(0, 1) and uses w = c ŵ at run time, c = √2/√fan_in; in a layer with an lrmul, c
-has it as a factor and ŵ is divided by it, so that w ~ N(0, 2/fan_in) always. By the chain rule ŵ
-has the gradient ĝ = c g, where g is that of w, so Adam with β1 = 0 sees v̂ ← β2 v̂ + (1 − β2) ĝ²,
-which is c² v, and moves (as torch.optim.Adam has it), with b = 1 − β2^t,
+PGGAN stores ŵ ~ N(0, 1) and uses w = c ŵ at run time, with c = √2/√fan_in. If a layer has an lrmul,
+c is multiplied and ŵ divided by it, so that always w ~ N(0, 2/fan_in). By the chain rule ŵ has the
+gradient ĝ = c g, where g is the gradient of w. So Adam with β1 = 0 computes
+v̂ ← β2 v̂ + (1 − β2) ĝ², which is c² v, and moves (as torch.optim.Adam does), with b = 1 − β2^t,
 
     Δŵ = −lr √b ĝ/(√v̂ + √b ε),   so   Δw = c Δŵ = −(c lr) √b g/(√v + √b ε/c).
 
 That is Adam on w itself with the learning rate c lr, and ε/c. Biases likewise, with c = lrmul.
-torch's Adam with a group for each tensor, of the rate c lr, has √b ε where this has √b ε/c, and
-LREQAdam has ε. All are one trajectory of w, but for ε. In the first step √b |g|/√v is 1, so that
-‖Δw‖/‖w‖ ≈ lr · lrmul in every layer: this is what is equalized. Under plain Adam it is
-lr √(fan_in/2): wide layers turn faster.
+The three ways differ only in what they add to √v: run-time scaling √b ε/c, torch's Adam with a
+group for each tensor, of the rate c lr, √b ε, and LREQAdam ε. Except for ε, all have one
+trajectory of w. In the first step √b |g|/√v is 1, so that ‖Δw‖/‖w‖ ≈ lr · lrmul in every layer:
+this is what is equalized. Under plain Adam it is lr √(fan_in/2): wide layers turn faster.
 
 Here the FC ALAE is trained in all three ways and by plain Adam, as in train_fc_alae.py, from the
 same w, on the same x and z; the raw weights are evaluated.

@@ -126,7 +126,8 @@ def table(groups, length):
 
 def full_table(groups):
     """table.md."""
-    text = "Accuracy in %, mean ± standard deviation over seeds (SW, DW). Short features, E(x):\n\n"
+    text = "Accuracy in %, mean ± standard deviation over seeds. Column seeds: how many on SW, "
+    text += "on DW; one number if only one of the two was run. Short features, E(x):\n\n"
     text += f"{table(groups, 'short')}\nLong features, the activations before E's last layer:\n\n"
     return text + table(groups, "long")
 

@@ -153,8 +153,8 @@ class LREQAdam(torch.optim.Adam):
 
         v ← β2 v + (1 − β2) g²,    w ← w − lr c √(1 − β2^t) g / (√v + ε)
 
-    That is torch's Adam with β1 = 0 and a learning rate lr·c for each c, but for ε, which torch
-    adds after the bias correction of √v; ε/√(1 − β2^t) undoes that.
+    This is torch's Adam with β1 = 0 and a learning rate lr·c for each c, except for ε: torch adds
+    it after the bias correction of √v. Giving torch ε/√(1 − β2^t) removes this difference.
     """
 
     def __init__(self, *nets, lr, beta2=0.99, eps=1e-8):
@@ -280,7 +280,7 @@ def evaluate(nets, data, config, full=False):
 
 @torch.no_grad()
 def draw(run, data, config):
-    """Samples, reconstructions, ways between two w or two z, and along the main directions of w."""
+    """Samples, reconstructions, interpolations of w and of z, and traversals of w."""
     F, G, E = run.nets["F"], run.nets["G"], run.nets["E"]
     x, z = data.x_test[:50], fixed_z(10_000, config, data.x_test.device)
 
