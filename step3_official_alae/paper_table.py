@@ -53,7 +53,7 @@ PAPER = {  # short and long features, of each of the COLUMNS
 }
 IMAGES = {"recon_mse": ("test MSE", 4), "identity": ("identity %", 1), "fid": ("LeNet-FID", 1)}
 DRAWN = "AE(l2)", "BiGAN", "ALAE"  # in clean.md
-EPOCHS = 5, 10, 20, 25, 40, 50, 60, 80, 100, 200, 400, 600
+EPOCHS = 5, 10, 20, 25, 40, 50, 75, 100, 200, 400, 600
 
 
 def summaries(folder):

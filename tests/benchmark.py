@@ -320,21 +320,25 @@ def waiting(steps, rounds=3):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--public", action="store_true")
-    parser.add_argument("--precisions", action="store_true")
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--scale", action="store_true")
-    parser.add_argument("--waiting", action="store_true")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = shared.fail
+    parser.add_argument("names", nargs="*", help="of experiments (default: all)")
+    parser.add_argument("--steps", type=int, default=50, help="how many are timed")
+    kind = parser.add_mutually_exclusive_group()
+    for name in ("public", "precisions", "profile", "scale", "waiting"):
+        kind.add_argument(f"--{name}", action="store_true", help="see above")
     own, options = sys.argv[1:], []
     if "--" in own:
         own, options = own[: own.index("--")], own[own.index("--") + 1 :]
     args = parser.parse_args(own)
     paths = sorted(p for p in shared.ROOT.glob("*/*.py") if p.parent.name in FOLDERS)
     loop = "shared.products(" if args.precisions else "run.epochs("
-    names = args.names or [path.stem for path in paths if loop in path.read_text()]
+    known = [path.stem for path in paths if loop in path.read_text()]
+    names = args.names or known
+    for name in names:
+        if name not in known:
+            shared.fail(f"{name}: choose {', '.join(known)}")
     if args.waiting:
         waiting(args.steps)
     elif args.scale:
