@@ -376,6 +376,28 @@ def test_wandb_offline_mirrors_the_run_and_goes_on_with_it(cheap, tmp_path, monk
     assert again["id"] == run["run_id"] and again["resume"] == "allow"
 
 
+FAKE_WANDB = """
+import os, unittest.mock
+Image = unittest.mock.MagicMock()
+def init(id, **_):
+    with open(os.environ["TOLD"], "a") as file:
+        print(id, file=file)
+    return unittest.mock.MagicMock()
+"""
+
+
+def test_a_run_of_a_wandb_agent_is_mirrored_under_its_id_and_so_it_goes_on(tmp_path):
+    (tmp_path / "wandb.py").write_text(FAKE_WANDB)
+    environment = {"PYTHONPATH": str(tmp_path), "TOLD": str(tmp_path / "told")}
+    agent = {"WANDB_SWEEP_ID": "sweep", "WANDB_RUN_ID": "theirs"}
+    how = ["--smoke", "--out-dir", tmp_path, "--run-name", "mine"]
+    file = "step1_linear/linear_autoencoder.py"
+    assert launch(file, *how, **environment, **agent).returncode == 0
+    checkpoint = tmp_path / "linear_autoencoder/mine/checkpoint.pt"
+    assert launch(file, "--resume", checkpoint, **environment).returncode == 0
+    assert (tmp_path / "told").read_text().split() == ["theirs", "theirs"]
+
+
 def test_training_survives_a_failing_wandb(capsys):
     class Broken:
         def log(self, metrics):
