@@ -16,9 +16,9 @@ of the paper's code has 95.41 / 96.28 % at that epoch.
 
 Deviations from the paper (P) or its code (C: github.com/jeffdonahue/bigan, train_mnist.sh):
  1. P, C: 400 epochs; here 25 by default, which fit a CPU.
- 2. C: both losses are scaled down. Adam undoes this, except for ε and the weight decay: the decay
-    is relatively stronger there. This matters at first: D's last layer starts at 0, and as long as
-    it is 0, weight decay alone moves the other layers.
+ 2. C halves both losses (--loss-scale 0.5). Adam undoes this, except for ε and the weight decay:
+    the decay is relatively stronger there. This matters at first: D's last layer starts at 0, and
+    as long as it is 0, weight decay alone moves the other layers.
 Reconstructions are G(2σ(E(x)) − 1), from a deterministic E, as in P's figures.
 """
 
@@ -41,6 +41,7 @@ class Config(shared.Protocol):
     batch_size: int = option(128, "images per step (train_gan.py)", low=2)
     lr: float = option(0.0002, "learning rate, constant for 200 epochs (train_gan.py)", low=1e-9)
     weight_decay: float = option(2.5e-5, "L2 penalty, in the gradient (train_gan.py)", low=0)
+    loss_scale: float = option(1.0, "factor of both losses (paper; train_gan.py: 0.5)", low=1e-9)
     latent_dim: int = option(50, "dimension of z (train_mnist.sh)", low=1)
     precision: str = option("fp32", "of matrix products in training", ("fp32", "bf16"))
 
@@ -122,8 +123,8 @@ def train_step(nets, opt_D, opt_EG, x, config):
 
     opt_D.zero_grad()
     opt_EG.zero_grad()
-    loss_D.backward(inputs=list(D.parameters()), retain_graph=True)
-    loss_EG.backward(inputs=[*E.parameters(), *G.parameters()])
+    (config.loss_scale * loss_D).backward(inputs=list(D.parameters()), retain_graph=True)
+    (config.loss_scale * loss_EG).backward(inputs=[*E.parameters(), *G.parameters()])
     opt_D.step()
     opt_EG.step()
     return {"L_D": loss_D.detach(), "L_EG": loss_EG.detach()}

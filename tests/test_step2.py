@@ -384,9 +384,10 @@ def test_swapping_the_pairs_flips_the_discriminators_loss():
     torch.testing.assert_close(bigan.L_EG(real, fake), 2 * bce(logits, 1 - labels))
 
 
-def test_bigan_moves_all_three_from_the_same_losses():
+@pytest.mark.parametrize("scale", (1.0, 0.5))
+def test_bigan_moves_all_three_from_the_same_losses(scale):
     torch.manual_seed(0)
-    config = bigan.Config(latent_dim=5)
+    config = bigan.Config(latent_dim=5, loss_scale=scale)
     nets, x = bigan.build(config, 20), torch.rand(8, 20)
     assert not nets["D"].last[-1].weight.any()
     nn.init.normal_(nets["D"].last[-1].weight, std=0.02)
@@ -405,7 +406,7 @@ def test_bigan_moves_all_three_from_the_same_losses():
     expected = {"L_D": bigan.L_D(real, fake), "L_EG": bigan.L_D(fake, real)}
     torch.testing.assert_close(losses, {name: loss.detach() for name, loss in expected.items()})
     for name, loss in (("D", "L_D"), ("E", "L_EG"), ("G", "L_EG")):
-        assert_gradients(nets[name], expected[loss])
+        assert_gradients(nets[name], scale * expected[loss])
 
 
 # Latent regressors
