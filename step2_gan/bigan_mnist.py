@@ -18,7 +18,7 @@ Deviations from the paper (P) or its code (C: github.com/jeffdonahue/bigan, trai
  1. P, C: 400 epochs; here 25 by default, which fit a CPU.
  2. C halves both losses (--loss-scale 0.5). Adam undoes this, except for ε and the weight decay:
     the decay is relatively stronger there. This matters at first: D's last layer starts at 0, and
-    as long as it is 0, weight decay alone moves the other layers. README.md: no difference was seen.
+    as long as it is 0, weight decay alone moves the rest. No difference was seen: README.md.
 Reconstructions are G(2σ(E(x)) − 1), from a deterministic E, as in P's figures.
 """
 
