@@ -188,8 +188,8 @@ def draw(run, data, config):
     figure = Figure(figsize=(8, 4), layout="constrained")
     figure.suptitle(title)
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    ends = f"z$_{{{config.latent_dim}}}$"
-    left.set(title="codes of test images", xlabel="z$_1$", ylabel=ends)
+    left.set(title="codes of test images", xlabel="z$_1$")
+    left.set(ylabel=f"z$_{{{config.latent_dim}}}$")
     right.set(title="draws of p(z)", xlabel="z$_1$")
     points = left.scatter(*z[:, [0, -1]].T.cpu(), s=2, c=data.y_test, cmap="tab10")
     if data.y_test is not None:
@@ -198,8 +198,8 @@ def draw(run, data, config):
     run.picture("codes", figure)
     if config.latent_dim == 2:
         axis = config.prior_std * torch.linspace(-2, 2, 15, device=z.device)
-        z = torch.stack(torch.meshgrid(axis, axis.flip(0), indexing="xy"), -1)  # z₂ upwards
-        plane = decode(z.flatten(0, 1))
+        codes = torch.cartesian_prod(axis.flip(0), axis).flip(1)  # z₁ to the right, z₂ upwards
+        plane = decode(codes)
         run.picture("plane", shared.grid(plane, 15, f"{title}: P over the plane, ±2σ"))
     run.nets.train()
 

@@ -53,6 +53,7 @@ PAPER = {  # short and long features, of each of the COLUMNS
 }
 IMAGES = {"recon_mse": ("test MSE", 4), "identity": ("identity %", 1), "fid": ("LeNet-FID", 1)}
 DRAWN = "AE(l2)", "BiGAN", "ALAE"  # in clean.md
+NOT_IN_FRONT = "AE(l1)", "JLR"  # much like AE(l2) and LR
 EPOCHS = 5, 10, 20, 25, 40, 50, 75, 100, 200, 400, 600
 
 
@@ -132,31 +133,30 @@ def full_table(groups):
     return text + table(groups, "long")
 
 
+def mean(runs, metric, digits):
+    """Over the runs that have the metric; – if none has."""
+    values = [run[metric] for run in runs if metric in run]
+    return f"{statistics.fmean(values):.{digits}f}" if values else "–"
+
+
 def front_table(groups):
-    """front.md: means over the longest runs of a method, on DW; bold: the paper's or more. Without
-    two that are much like others."""
+    """front.md: means over the longest runs of a method, on DW; bold: the paper's or more."""
     head = ["DW", "epochs", "seeds", "1-NN short, paper", "ours", "SVM short, paper", "ours"]
     lines = [[*head, *(name for name, _ in IMAGES.values())]]
     for method, (paper, label) in METHODS.items():
-        section = method[2]
         lengths = [epochs for epochs, splits in groups[method].items() if "dw" in splits]
-        if lengths and label not in ("AE(l1)", "JLR"):
-            runs = groups[method][lengths[-1]]["dw"].values()
-            line = [label, str(lengths[-1]), str(len(runs))]
-            for place, kind in ((2, "knn"), (3, "svm")):
-                ours = statistics.fmean(run[f"{section}/{kind}_acc_short"] for run in runs)
-                if not paper:
-                    line += ["–", f"{ours:.2f}"]
-                    continue
-                published = PAPER[paper][0][place]
-                reached = round(ours, 2) >= published
-                line += [f"{published:.2f}", f"**{ours:.2f}**" if reached else f"{ours:.2f}"]
-            for metric, (_, digits) in IMAGES.items():
-                values = [
-                    run[f"{section}/{metric}"] for run in runs if f"{section}/{metric}" in run
-                ]
-                line.append(f"{statistics.fmean(values):.{digits}f}" if values else "–")
-            lines.append(line)
+        if not lengths or label in NOT_IN_FRONT:
+            continue
+        runs = groups[method][lengths[-1]]["dw"].values()
+        line = [label, str(lengths[-1]), str(len(runs))]
+        for place, kind in ((2, "knn"), (3, "svm")):
+            published = f"{PAPER[paper][0][place]:.2f}" if paper else "–"
+            ours = mean(runs, f"{method[2]}/{kind}_acc_short", 2)
+            reached = paper and float(ours) >= float(published)
+            line += [published, f"**{ours}**" if reached else ours]
+        for metric, (_, digits) in IMAGES.items():
+            line.append(mean(runs, f"{method[2]}/{metric}", digits))
+        lines.append(line)
     return markdown(lines)
 
 
