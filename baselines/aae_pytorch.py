@@ -191,8 +191,11 @@ def draw(run, data, config):
     left.set(title="codes of test images", xlabel="z$_1$")
     left.set(ylabel=f"z$_{{{config.latent_dim}}}$")
     right.set(title="draws of p(z)", xlabel="z$_1$")
-    points = left.scatter(*z[:, [0, -1]].T.cpu(), s=2, c=data.y_test, cmap="tab10")
+    colors = {}
     if data.y_test is not None:
+        colors = {"c": data.y_test.cpu(), "cmap": "tab10"}
+    points = left.scatter(*z[:, [0, -1]].T.cpu(), s=2, **colors)
+    if colors:
         left.legend(*points.legend_elements(), title="digit", fontsize=8)
     right.scatter(*z_prior[:, [0, -1]].T.cpu(), s=2)
     run.picture("codes", figure)
