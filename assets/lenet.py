@@ -1,6 +1,6 @@
 """LeNet, the judge of MNIST's reconstructions and samples: identity and LeNet-FID.
 
-    python assets/lenet.py              # trains it: assets/lenet.pt, in under 2 minutes
+    python assets/lenet.py              # trains it: assets/lenet.pt
 
 The committed weights were made once. Every result rests on them, so they are not made again: new
 ones would make all LeNet-FIDs incomparable. Right on 99.44 % of the test images.

@@ -23,23 +23,16 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch.nn.functional import interpolate, pad
 
 
-def study(folder, experiment, sweep, combined=None):
-    """{setting: {seed: {metric: value}}} of a sweep's runs, else of the one run that had all."""
-    found = [s for s in table.summaries(folder) if s["experiment"] == experiment]
-    runs = [s for s in found if re.match(f"{sweep}-.*-seed[0-9]", s["run"])]
-    if not runs:
-        runs = [s for s in found if s["run"] == combined]
-    if not runs:
-        fail(f"no finished run {sweep}-… below {folder}: run the sweep")
+def study(folder, experiment, sweep):
+    """{setting: {seed: {metric: value}}} of a sweep's runs."""
     settings = {}
-    for run in runs:
-        for key, value in run.items():
-            section, _, metric = key.rpartition("/")
-            label, _, seed = section.rpartition(", seed ")
-            if section in ("eval", "train"):
-                label, _, seed = run["run"].removeprefix(f"{sweep}-").rpartition("-seed")
-            if label:
-                settings.setdefault(label, {}).setdefault(int(seed), {})[metric] = value
+    for run in table.summaries(folder):
+        name = re.match(f"{sweep}-(.*)-seed([0-9]+)$", run["run"])
+        if name and run["experiment"] == experiment:
+            metrics = {key.rpartition("/")[2]: value for key, value in run.items()}
+            settings.setdefault(name[1], {})[int(name[2])] = metrics
+    if not settings:
+        fail(f"no finished run {sweep}-… below {folder}: run the sweep")
     return settings
 
 
@@ -78,7 +71,7 @@ def linear_ablation(folder):
 
 def gan_losses(folder):
     """A GAN with each loss, at the end: step2_gan/sweeps/gan_losses.yaml."""
-    found = study(folder, "gan_mnist", "gan_losses", "compare")
+    found = study(folder, "gan_mnist", "gan_losses")
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     *panels, digits = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.5])
     names = {"fid": "LeNet-FID", "grad_norm_G": "norm of G's gradient"}

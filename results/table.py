@@ -67,6 +67,7 @@ KINDS = dict.fromkeys(LINEAR, "Linear autoencoders")  # several experiments in o
 WIDTHS = "Autoencoders, E 784-1024-1024-50 and G 50-1024-1024-784"
 KINDS |= dict.fromkeys((*NONLINEAR, "train_fc_alae"), WIDTHS)
 DETAILS = r"train|perf|.*/(L_|digit_\d|val_mse_|ms_per_step|explained|angle_mean)"  # left out
+NOT_CHOSEN = "pixels", "untrained"  # not beside runs, where metrics are chosen
 
 
 def collect(run):
@@ -110,15 +111,15 @@ def cell(metric, values):
 
 
 def sections(run, metrics):
-    """{section: {metric: value}} of a run: eval, and what else it measured. Of chosen metrics:
-    those of eval, and losses by their whole names, all as one section."""
-    found = {"eval": {}}
+    """{section: {metric: value}} of a run: eval, and what else it measured. If metrics are chosen,
+    those alone; losses are chosen by their whole names, and count as eval's."""
+    found = {} if metrics else {"eval": {}}
     for key, value in run.items():
         section, _, metric = key.rpartition("/")
-        if metrics:
-            name = metric if section == "eval" else key
-            if name in metrics:
-                found["eval"][name] = value
+        if section and key in metrics:
+            found.setdefault("eval", {})[key] = value
+        elif metrics and (metric not in metrics or section in NOT_CHOSEN):
+            continue
         elif section and not re.match(DETAILS, key):
             found.setdefault(section, {})[metric] = value
     return found
@@ -181,8 +182,6 @@ def tables(found):
     kinds = {}
     for s in found:
         kind = KINDS.get(s["experiment"], s["experiment"])
-        if s["setting"].startswith("sweep "):  # many runs in one summary
-            kind = f"{s['experiment']}: {s['run']}"
         kinds.setdefault(kind, []).append(s)
     text = ""
     for kind, runs in sorted(kinds.items()):

@@ -35,6 +35,7 @@ METHODS = {  # (experiment, setting, what was measured): (the paper's row, ours)
     ("latent_regressor_mnist", "joint True", "eval"): ("JLR", "JLR"),
     ("bigan_mnist", "", "eval"): ("BiGAN", "BiGAN"),
     ("train_fc_alae", "", "eval"): ("ALAE", "ALAE, official setting"),
+    ("train_fc_alae", "precision bf16", "eval"): ("ALAE", "ALAE, official setting, bf16"),
     ("alae_mnist", "", "eval"): ("ALAE", "ALAE, from the paper's text"),
     ("train_fc_alae", "preset fast", "eval"): ("ALAE", "ALAE, preset fast"),
     ("train_fc_alae", "preset signed", "eval"): ("ALAE", "ALAE, preset signed"),

@@ -309,6 +309,17 @@ def test_a_table_may_take_the_runs_of_one_study(monkeypatch, tmp_path):
     assert [row[-1] for row in cells(new)] == ["90.00"]
 
 
+def test_a_table_of_chosen_metrics_has_what_a_run_measured_beside(monkeypatch, tmp_path):
+    angles = {"eval/ratio": 1.0, "soft/angle": 0.5, "soft/ratio": 1.0, "train/angle": 9.0}
+    write(tmp_path / "results", summary(0, 90.0, run="r", **angles, **{"pixels/ratio": 3.0}))
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    new = table.renew("<!-- table: e | mnist dw | angle ratio train/angle -->\n<!-- /table -->\n")
+    assert [[row[0], *row[4:]] for row in cells(new)] == [
+        ["lr 0.004", "", "1.00000", "9.00000"],
+        ["soft", "0.50000", "1.00000", ""],
+    ]
+
+
 def test_no_readme_is_stale():
     for path, text in table.readmes().items():
         assert path.read_text() == text, f"{path} is stale: run python results/table.py --readme"
@@ -406,19 +417,15 @@ def test_the_committed_tables_are_those_of_the_committed_runs():
 # Figures
 
 
-def test_a_figure_shows_the_runs_of_a_sweep_as_it_shows_the_one_run_that_had_all(tmp_path):
-    study = "gan_mnist", "gan_losses", "compare"
-    old = figures.study(ROOT / "results", *study)
-    assert len(old) == 5 and all(len(seeds) == 2 for seeds in old.values())
-    preset, seeds = next(iter(old.items()))
-    for seed, metrics in seeds.items():
-        facts = {"experiment": "gan_mnist", "run": f"gan_losses-{preset}-seed{seed}"}
-        facts |= {f"eval/{name}": value for name, value in metrics.items()}
-        write(tmp_path, summary(seed, 0.0, **facts))
-    new = figures.study(tmp_path, *study)
-    assert list(new) == [preset]
-    for seed, metrics in seeds.items():
-        assert metrics.items() <= new[preset][seed].items()
+def test_a_figure_shows_the_runs_of_its_sweep_alone(tmp_path):
+    facts = {"experiment": "gan_mnist", "eval/fid": 30.0, "train/grad_norm_G": 0.4}
+    names = "gan_losses-r1-seed1", "gan_losses-wgan-gp-seed0", "other-r1-seed0"
+    write(tmp_path, *(summary(0, 0.0, run=name, **facts) for name in names))
+    found = figures.study(tmp_path, "gan_mnist", "gan_losses")
+    assert {label: list(seeds) for label, seeds in found.items()} == {"r1": [1], "wgan-gp": [0]}
+    assert found["r1"][1]["fid"] == 30.0 and found["r1"][1]["grad_norm_G"] == 0.4
+    with pytest.raises(SystemExit):
+        figures.study(tmp_path, "vae_gan", "gan_losses")
 
 
 def test_the_ablation_is_drawn_from_the_worst_to_the_best():
