@@ -57,7 +57,7 @@ NAMES = {  # of metrics, in the order of columns
     "fid_floor": "LeNet-FID of resized test images",
     "digit_kl": "KL of digits",
     "digit_min": "rarest digit %",
-    "grad_norm_G": "‖gradient of G‖",
+    "train/grad_norm_G": "‖gradient of G‖",
     "train/L_rec": "L_rec, last epoch",
     "train/L_prior": "L_prior, last epoch",
 }
