@@ -54,7 +54,7 @@ PAPER = {  # short and long features, of each of the COLUMNS
 }
 IMAGES = {"recon_mse": ("test MSE", 4), "identity": ("identity %", 1), "fid": ("LeNet-FID", 1)}
 DRAWN = "AE(l2)", "BiGAN", "ALAE"  # in clean.md
-NOT_IN_FRONT = "AE(l1)", "JLR"  # much like AE(l2) and LR
+NOT_IN_FRONT = "AE(l1)", "JLR", "ALAE, official setting"  # like AE(l2) and LR; shorter
 EPOCHS = 5, 10, 20, 25, 40, 50, 75, 100, 200, 400, 600
 
 
