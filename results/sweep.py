@@ -37,7 +37,7 @@ RUNNING = []  # processes; some have ended
 def expand(path):
     """A sweep file's runs, {name: command}, as W&B's grid and agent make them."""
     sweep = utils.load_sweep_config(str(path))
-    if not sweep or sweep.get("method") != "grid":
+    if not isinstance(sweep, dict) or sweep.get("method") != "grid":
         fail(f"{path}: not a sweep file with 'method: grid'")
     parameters = sweep["parameters"]
     choices = [p.get("values", [p.get("value")]) for p in parameters.values()]

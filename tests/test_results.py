@@ -302,6 +302,15 @@ def test_a_table_in_a_readme_is_renewed_between_its_markers(monkeypatch, tmp_pat
     assert "<!-- table: clean -->\nas it is\n<!-- /table -->" in new and table.renew(new) == new
 
 
+@pytest.mark.parametrize("text", ["", "torch", "method: random"])
+def test_what_is_no_sweep_file_is_refused_in_one_line(text, tmp_path, capsys):
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        sweep.expand(tmp_path / "study.yaml")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "not a sweep file" in error
+
+
 def test_a_table_may_take_the_runs_of_one_study(monkeypatch, tmp_path):
     write(tmp_path / "results", summary(0, 90.0, run="study-a"), summary(0, 92.0, run="other"))
     monkeypatch.setattr(table, "ROOT", tmp_path)
