@@ -302,7 +302,7 @@ def test_a_table_in_a_readme_is_renewed_between_its_markers(monkeypatch, tmp_pat
     assert "<!-- table: clean -->\nas it is\n<!-- /table -->" in new and table.renew(new) == new
 
 
-@pytest.mark.parametrize("text", ["", "torch", "method: random"])
+@pytest.mark.parametrize("text", ["torch", "method: random"])
 def test_what_is_no_sweep_file_is_refused_in_one_line(text, tmp_path, capsys):
     (tmp_path / "study.yaml").write_text(text)
     with pytest.raises(SystemExit):
