@@ -346,8 +346,6 @@ class Run:
         config.run_name, self.start = self.dir.name, time.time() - self.history["wall_s"]
         self.facts = self._facts(device)
         self.wandb = self._start_wandb() if config.wandb else None
-        write_json(self.dir / "config.json", self.facts | {"config": asdict(config)})
-        self._summarize("running")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._interrupt)
 
@@ -396,6 +394,8 @@ class Run:
         """The epochs to train, none with --eval; restores parts {name: what has a state_dict}."""
         if self.saved:
             self._restore(parts if "random" in self.saved else self.nets)
+        write_json(self.dir / "config.json", self.facts | {"config": asdict(self.config)})
+        self._summarize("running")
         if self.config.eval:
             return
         every = 1 if self.unit == "epoch" else self.config.eval_every
@@ -413,7 +413,7 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(self.saved[name])
         except (RuntimeError, KeyError, ValueError) as error:  # shapes that differ, another version
-            self._end("failed", f"{self.source} does not fit this data, or version: {error}", 2)
+            fail(f"{self.source} does not fit this data, or version: {error}")  # nothing written
         if self.config.resume:
             torch.set_rng_state(self.saved["random"])
             torch.cuda.set_rng_state_all(self.saved["random_cuda"][: torch.cuda.device_count()])

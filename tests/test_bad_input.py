@@ -81,13 +81,25 @@ def test_refused_in_a_line(file, arguments, fragment, bad, here, tmp_path):
     assert not list(tmp_path.glob("*/*")), "a run's folder was left"
 
 
-def test_a_model_of_other_images_is_refused_and_its_run_says_so(here, tmp_path):
+def test_a_model_of_other_images_is_refused_before_anything_is_written(here, tmp_path):
     for i in range(100):
         Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / f"{i}.png")
     how = ["--eval", ROOT / "assets/fc_alae.pt", "--dataset", f"folder:{tmp_path}"]
     assert_refused(here(FC_ALAE, *how, "--out-dir", tmp_path, "--run-name", "mine"), "does not fit")
-    summary = json.loads((tmp_path / "train_fc_alae/mine/summary.json").read_text())
-    assert summary["status"] == "failed"
+    assert not list((tmp_path / "train_fc_alae/mine").iterdir())
+
+
+def test_a_checkpoint_of_another_net_is_refused_and_its_finished_run_stays(here, tmp_path):
+    linear = ROOT / "step1_linear/linear_autoencoder.py"
+    here(linear, "--smoke", "--out-dir", tmp_path, "--run-name", "mine")
+    run = tmp_path / "linear_autoencoder/mine"
+    before = (run / "summary.json").read_text()
+    assert json.loads(before)["status"] == "done"
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    checkpoint["nets"].popitem()
+    torch.save(checkpoint, run / "checkpoint.pt")
+    assert_refused(here(linear, "--resume", run / "checkpoint.pt"), "does not fit")
+    assert (run / "summary.json").read_text() == before
 
 
 def test_wandb_without_a_login_is_refused_before_training(tmp_path):
