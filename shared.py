@@ -550,7 +550,7 @@ def curves(rows, unit, title):
     """A figure with a panel for each number in the rows, against the unit."""
     names = [name for name in sorted(ChainMap(*rows)) if sum(name in row for row in rows) > 1]
     names.remove(unit)
-    figure = Figure(figsize=(13, 2.8 * -(-len(names) // 4)), layout="tight")
+    figure = Figure(figsize=(13, 2.8 * -(-len(names) // 4)), layout="constrained")
     for place, name in enumerate(names, 1):
         axes = figure.add_subplot(-(-len(names) // 4), 4, place, xlabel=unit, title=name)
         known = [row for row in rows if name in row]

@@ -97,6 +97,8 @@ def gan_losses(folder):
 def clean(folder):
     """MSE, identity and LeNet-FID along the training."""
     lines = paper_table.along(paper_table.gather(folder))
+    if not lines:
+        fail(f"no finished run of a method of table 1 below {folder}")
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     panels = figure.subplots(1, 3)
     ticks = [0.005, 0.01, 0.02, 0.05], range(50, 101, 10), [3, 10, 30, 100, 300]

@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +33,7 @@ except ImportError:  # Windows: there a second start is not noticed
     fcntl = None
 
 RUNNING = []  # processes; some have ended
+STOPPED = threading.Event()  # by Ctrl-C
 
 
 def expand(path):
@@ -101,6 +103,8 @@ def train(folder, command):
         how = {"cwd": ROOT, "stdout": log, "stderr": log, "start_new_session": True}
         process = subprocess.Popen(command, **how)
         RUNNING.append(process)
+        if STOPPED.is_set():  # Ctrl-C came while it was being started
+            process.send_signal(signal.SIGINT)
         code = process.wait()
         log.seek(0)
         last = log.read().splitlines()[-1:]
@@ -127,10 +131,13 @@ def main(options):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // options.workers)))
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # python
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    STOPPED.clear()
     with ThreadPoolExecutor(options.workers) as pool:
         try:
             codes = list(pool.map(train, todo, todo.values()))
         except KeyboardInterrupt:  # what waits is given up
+            STOPPED.set()
+            pool.shutdown(wait=False, cancel_futures=True)
             for process in RUNNING:
                 process.send_signal(signal.SIGINT)
             fail("stopped; the same command goes on", 130)

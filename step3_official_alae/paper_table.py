@@ -205,7 +205,7 @@ TABLES = {"front": front_table, "table": full_table, "clean": clean}
 def main(folder):
     groups = gather(folder or shared.ROOT / "results")
     if not any(groups.values()):
-        shared.fail(f"no finished run below {folder}")
+        shared.fail(f"no finished run below {folder} whose setting is among METHODS")
     for name, make in TABLES.items():
         if folder:
             print(make(groups))
