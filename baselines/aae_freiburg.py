@@ -8,11 +8,11 @@ Three phases for each batch (paper §2):
     3. generator       Q     minimises L_Q   = −log D(Q(x))
 
 Scenarios 1 to 4 of github.com/PatrykChrabaszcz/Adversarial_Autoencoder: dense nets (1, 2) or
-convolutions (3, 4); in 1 and 3 P and D also see the class y, so that z is left with the style.
+convolutions (--net conv: 3, 4); with --labels (1, 3) P and D see the class y, z keeps the style.
 
     python baselines/aae_freiburg.py                           # scenario 2, as published
     python baselines/aae_freiburg.py --preset ours             # our rates
-    python baselines/aae_freiburg.py --labels --net conv       # scenario 3
+    python baselines/aae_freiburg.py --preset faces --dataset folder:PATH
 
 Expect (--preset ours, seed 0): test MSE 0.0232, identity 90.1 %, prior gap 0.033, floor 0.017.
 
@@ -29,7 +29,7 @@ Presets january (commit 87b475a) and head (2c29b54) are two states of that code.
  4. faces: january's nets and rates, but images in [0, 1] and a sigmoid, not [−1, 1] and tanh.
  5. Animations: of one class, not of each; few shades; dimensions.gif has 5 × 5 images, not 5⁴,
     grid.gif images of half the size, and time that goes one way.
- 6. Paper: SGD with momentum, D with 1000 units, a label for D alone.
+ 6. Paper: SGD with momentum, D with 1000 units; the label is for D alone (§2.3) or P alone (§4).
 """
 
 import math
@@ -73,9 +73,7 @@ class Config(shared.Protocol):
     bn_momentum: float = option(0.1, "weight of a batch in the running statistics", low=0)
     sums: bool = option(True, "sum L_rec over batch and pixels (january), or its mean (head)")
     one_pass: bool = option(False, "all gradients from one pass (head), or in phases (january)")
-    rule: str = option(
-        "current", "the balance looks at this batch, or the last", ("current", "before")
-    )
+    rule: str = option("current", "balance by this batch, or by the last", ("current", "before"))
     optimizer: str = option("adam", "of january; rmsprop: of head", ("adam", "rmsprop"))
     lr: float = option(2e-4, "learning rate for reconstruction (january; head: 5e-5)", low=1e-9)
     lr_D: float = option(2e-4, "of D (january; head: 5e-5)", low=1e-9)
@@ -153,7 +151,9 @@ def L_Q(D, z_fake):
 def balance(losses):
     """Whether D and Q train after a batch with these losses; in the public code l_D is L_D / 2."""
     l_D, l_Q = float(losses["L_D"]) / 2, float(losses["L_Q"])
-    return l_Q < 0.95 or l_D > 0.45, l_D < 0.95 or l_Q > 0.45
+    trains_D = l_Q < 0.95 or l_D > 0.45
+    trains_Q = l_D < 0.95 or l_Q > 0.45
+    return trains_D, trains_Q
 
 
 def train_step(nets, opts, x, y, config, before):
@@ -166,7 +166,8 @@ def train_step(nets, opts, x, y, config, before):
         logits = shared.fp32(P(z_fake))
     loss_rec = L_rec(logits, x)
     nets.zero_grad()
-    (x.numel() * loss_rec if config.sums else loss_rec).backward(retain_graph=config.one_pass)
+    loss = x.numel() * loss_rec if config.sums else loss_rec
+    loss.backward(retain_graph=config.one_pass)
     if config.one_pass:  # before any net moves
         loss_Q = L_Q(D, z_fake)
         gradients = torch.autograd.grad(loss_Q, list(Q.parameters()))
@@ -209,8 +210,9 @@ def optimizers(nets, config):
         kind, how = torch.optim.RMSprop, {"alpha": 0.9, "eps": 1e-5}
     rates = {"Q_rec": config.lr, "P": config.lr, "D": config.lr_D, "Q_reg": config.lr_Q}
     opts = {role: kind(nets[role[0]].parameters(), lr, **how) for role, lr in rates.items()}
-    rule = {"factor": 0.2, "patience": (config.patience or math.inf) - 1, "threshold": 0.01}
-    return opts, {f"plateau_{role}": ReduceLROnPlateau(opts[role], **rule) for role in opts}
+    patience = config.patience - 1 if config.patience else math.inf  # PyTorch cuts one epoch later
+    plateau = {"factor": 0.2, "patience": patience, "threshold": 0.01}
+    return opts, {f"plateau_{role}": ReduceLROnPlateau(opts[role], **plateau) for role in opts}
 
 
 def given_labels(data, config):

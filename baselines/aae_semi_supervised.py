@@ -30,7 +30,7 @@ Deviations from the paper, whose appendix with the details could not be read aga
     Adversarial_Autoencoder, not 1000, to save time (--hidden-D).
  5. The labelled images of a batch are drawn with replacement.
  6. A cluster gets its class from a training image, where the paper takes a validation image.
- 7. L_rec is the mean over pixels, and P ends in a sigmoid.
+ 7. L_rec is the mean over pixels.
  8. --noise-y 0.3 (ours, off by default) adds noise to what D_y sees, so that fewer clusters stay
     empty: README.md says why.
 """
@@ -54,7 +54,7 @@ class Config(shared.Protocol):
     batch_size: int = option(100, "images per step, and labelled ones", low=2)
     labels: int = option(1000, "labelled images, as many of each class; 0: all", low=0)
     cluster: int = option(0, "clusters, without labels (paper: 16, 30); 0: no clustering", low=0)
-    latent_dim: int = option(10, "dimension of z (paper §4)", low=1)
+    latent_dim: int = option(10, "dimension of z (paper §5)", low=1)
     noise: float = option(0.3, "standard deviation of noise on Q's input (deviation 3)", low=0)
     batch_norm: bool = option(True, "in Q (ours)")
     noise_y: float = option(0.0, "standard deviation of noise on D_y's input (deviation 8)", low=0)

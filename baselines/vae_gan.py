@@ -56,8 +56,8 @@ class Config(shared.Protocol):
         "normal", "Enc's and Dec's weights: N(0, 0.02²) (R) or PyTorch's", ("normal", "pytorch")
     )
     lr: float = option(3e-4, "RMSprop's learning rate (paper §4, R)", low=1e-9)
-    lr_Dis: float = option(3e-5, "that of Dis (R: a tenth of the others')", low=1e-9)
-    alpha: float = option(0.99, "RMSprop's smoothing (PyTorch's, R)", low=0)
+    lr_Dis: float = option(3e-5, "that of Dis (R: the others' times its alpha, 0.1)", low=1e-9)
+    alpha: float = option(0.99, "RMSprop's α (PyTorch's, R; not R's alpha)", low=0, high=1)
     gamma: float = option(15.0, "weight γ of L_llike in Dec's loss (R)", low=0)
     gamma_enc: float = option(5.0, "weight of L_llike in Enc's loss (R; paper: 1)", low=0)
     bn_momentum: float = option(0.9, "a batch's share in running statistics (R)", low=0)
@@ -167,7 +167,9 @@ def train_step(nets, opts, x, config):
         leaves = [image.detach().requires_grad_() for image in fakes]  # where Dis's graph begins
         features = [Dis[0](part) for part in (x, *leaves)]  # one after the other, as R does
         logits = [shared.fp32(Dis[1](part)) for part in features]
-    prior, llike, gan = kl(mu, log_var).mean(), L_llike(*features[:2]), L_GAN(logits)
+    prior = kl(mu, log_var).mean()
+    llike = L_llike(features[0], features[1])  # of x and x̃
+    gan = L_GAN(logits)
 
     # Gradients of L_llike at x̃, and of L_GAN at x̃ and x_p. Dis learns from L_GAN alone.
     (g_llike,) = grad(llike, leaves[:1], retain_graph=True)
@@ -203,7 +205,7 @@ def to_x(pixels, data, config):
 
 
 def encode(Enc, x, data, config):
-    """Activations before Enc's last layers (N, H), and μ (N, Z); its nets need 10 MB an image."""
+    """Activations before Enc's last layers (N, H), and μ (N, Z), 250 images at a time."""
     hidden = shared.chunked(lambda part: Enc[:-1](to_x(part, data, config)), x, 250)
     return hidden, shared.chunked(Enc[-1].mu, hidden, 250)
 

@@ -20,15 +20,15 @@ learns 95.8 ± 1.3 %, LeNet-FID 102 ± 11 (two seeds).
 
 Deviations from the public code as of its last commits of main.py and network.py:
  1. It adds 0.001 inside the logarithms of L_GAN; here softplus(−l) = −log σ(l) of Dis's logit l.
- 2. It crops faces to their middle 148×148 pixels, smooths them, and resizes them by cubic
-    interpolation. Here the largest central square (178×178), by Lanczos.
+ 2. It crops faces to 148×148 pixels, five rows below the middle, smooths them, and resizes them by
+    cubic interpolation. Here the largest central square (178×178), by Lanczos.
  3. The last main.py has the learning rate 3e-4 (--preset rate). The default here is 1e-4, the
     README's, which belongs to an early main.py (29102a9) with mean losses and another decay and
     rule. Everything else is as in the last main.py.
  4. --joint is the single pass of main_1.py alone. That file also has x̃ in L_GAN, and compares x_p
     with x.
  5. With --gan-reconstruction x̃ joins the second pass; the rule still looks at x and x_p.
- 6. Reconstructions that are drawn and measured are Dec(μ); there Dec of a z that is drawn.
+ 6. Reconstructions in pictures and metrics are Dec(μ); there Dec(z) of a z ~ N(μ, diag s²).
 """
 
 import sys
@@ -55,7 +55,7 @@ PRESETS = {
     "rate-no-decay": {"lr": 3e-4, "lr_decay": 1.0},
     "gamma": {"gamma_enc": 10.0},  # few features weigh little against L_prior
     "lambda": {"lambda_mse": 1e-2},  # at 1e-6 Dec sees L_GAN alone
-    "no-rule": {"margin": 0.0},  # Dis rests in most steps
+    "no-rule": {"margin": 0.0},  # with the rule Dis rests in most steps
     "momentum": {"bn_momentum": 0.1},  # of batch norm, as PyTorch has it
     "init": {"init": "pytorch"},
     "joint": {"joint": True},
@@ -78,7 +78,7 @@ class Config(shared.Protocol):
     init: str = option("uniform", "initial weights: its own, or PyTorch's", ("uniform", "pytorch"))
     lr: float = option(1e-4, "learning rate of RMSprop (its README; main.py: 3e-4)", low=1e-9)
     lr_decay: float = option(0.75, "factor of the rate from epoch to epoch", low=0)
-    alpha: float = option(0.9, "RMSprop's smoothing", low=0)
+    alpha: float = option(0.9, "RMSprop's α (its README's alpha is our λ)", low=0, high=1)
     clip: float = option(0.0, "clips gradients to ±this (its README: 1, unused); 0: not", low=0)
     bn_momentum: float = option(0.9, "a batch's share in batch norm's running statistics", low=0)
     gamma_enc: float = option(1.0, "γ_E: weight of L_llike in Enc's loss", low=0)
@@ -238,9 +238,9 @@ def train_step(nets, opts, x, config):
         descend(opts["Dec"], grad(fakes, [*Dec.parameters()], g_Dec), config)
     # Enc: L_prior + γ_E L_llike; the largest net comes last, when the other graphs are freed.
     descend(opts["Enc"], grad([prior, z], [*Enc.parameters()], [None, g_z]), config)
-    losses = {"L_prior": prior / len(x), "L_llike": llike / len(x), "L_GAN": gan / len(x)}
-    losses |= {"trains_Dis": torch.tensor(train_Dis), "trains_Dec": torch.tensor(train_Dec)}
-    return {name: loss.detach().float() for name, loss in losses.items()}  # sums of an image
+    sums = {"L_prior": prior, "L_llike": llike, "L_GAN": gan}
+    losses = {name: loss.detach() / len(x) for name, loss in sums.items()}  # of one image
+    return losses | {"trains_Dis": torch.tensor(train_Dis), "trains_Dec": torch.tensor(train_Dec)}
 
 
 def to_x(pixels, data, config):

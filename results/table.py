@@ -230,4 +230,6 @@ if __name__ == "__main__":
             path.write_text(text)
     elif not options.collect:
         found = summaries(options.folder)
-        print(tables(found) if found else f"no finished run in {options.folder}")
+        if not found:
+            fail(f"no finished run below {options.folder}")
+        print(tables(found))

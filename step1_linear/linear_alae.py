@@ -37,7 +37,8 @@ Expect (test MSE over PCA's): 1.0000 at k = 10, 1.012 to 1.015 at k = 50; studen
 Deviations from the paper:
  1. Linear maps without bias, F = I, the decay ν and the floor φ. x is scaled to the energy of z,
     ⟨‖x‖²⟩ = k.
- 2. Each step has an Adam of its own; in the paper one is for (E, D) and one for (F, G).
+ 2. Each step has an Adam of its own, as alae_mnist.py reads algorithm 1, and as LabProject-ALAE
+    has it; the official code has one for (E, D) and one for (F, G).
  3. The learning rates fall linearly to 1 %, since Adam with β₁ = 0 keeps moving the weights by
     about lr. D's rate is smaller (README.md says when it matters). γ is 0.5, not 10, so that
     8γν < 1.
@@ -62,9 +63,10 @@ from torch.nn.functional import softplus
 
 STUDENT = {"critic": "linear", "penalty": "unit", "gamma": 10.0, "decay": 0.0, "scale": 1.0}
 STUDENT |= {"mapping": "linear", "init_G": 1.0, "steps": 4687, "batch_size": 128}
+STUDENT |= {"lr": 0.002, "lr_critic": 0.002, "lr_end": 1.0}
 PRESETS = {
     "recipe": {},
-    "student": STUDENT | {"lr": 0.002, "lr_critic": 0.002, "lr_end": 1.0},  # deviation 5
+    "student": STUDENT,  # deviation 5
     # The recipe with one thing changed: what each ingredient is for
     "critic-linear": {"critic": "linear"},  # blind on centred data
     "no-floor": {"floor": 0.0},  # A may lose a direction
@@ -82,7 +84,7 @@ PRESETS = {
     "lr-critic-times-4": {"lr_critic": 0.004},  # D as fast as the maps
     "lr-constant": {"lr_end": 1.0},  # Adam keeps shaking
     "init-pytorch": {"init_G": 1.0},  # G does not start at 0
-    "adams-paper": {"adams": "nets"},  # Step III shares its second moments
+    "adams-paper": {"adams": "nets"},  # the official code's: Step III shares their moments
 }
 
 
@@ -104,7 +106,7 @@ class Config(shared.Protocol):
     gamma: float = option(0.5, "γ/2 times the penalty in Step I (ours; paper: 10)", low=0)
     decay: float = option(0.05, "ν, with ν/2 ‖G‖² in Step II (ours; paper: 0)", low=0)
     adams: str = option(
-        "steps", "an Adam for each step (ours), or for (E, D) and (F, G)", ("steps", "nets")
+        "steps", "one for each step, or for (E, D) and (F, G): official code", ("steps", "nets")
     )
     mapping: str = option("identity", "F = I (ours), or a learned matrix", ("identity", "linear"))
     scale: float = option(0.0, "x is multiplied by this; 0: so that ⟨‖x‖²⟩ = k (ours)", low=0)
@@ -132,9 +134,11 @@ def build(config, x):
     E = nn.Linear(x.shape[1], k, bias=False)
     G = nn.Linear(k, x.shape[1], bias=False)
     G.weight.data.mul_(config.init_G)
-    F = nn.Linear(k, k, bias=False) if config.mapping == "linear" else nn.Identity()
-    if config.mapping == "identity":
-        F.register_buffer("weight", torch.eye(k))  # a matrix that is not learned
+    if config.mapping == "linear":
+        F = nn.Linear(k, k, bias=False)
+    else:
+        F = nn.Module()
+        F.weight = nn.Buffer(torch.eye(k))  # a matrix that is not learned
     if config.critic == "linear":
         D = nn.Sequential(nn.Linear(k, 1), nn.Flatten(0))
     elif config.critic == "quadratic":
@@ -170,19 +174,21 @@ def set_learning_rates(opts, config, step):
             group["lr"] = group["first_lr"] * share
 
 
-def f(x, config):
-    """softplus, or its slope ½ at 0, with which a quadratic critic sees second moments alone."""
-    return softplus(x) if config.adversarial == "softplus" else x / 2
+def f(t, config):
+    """softplus of D's output t (B,); or t/2, its tangent at 0 but for a constant: with it a
+    quadratic critic sees second moments alone."""
+    return softplus(t) if config.adversarial == "softplus" else t / 2
 
 
 def L_adv_ED(F, G, E, D, x, z, config):
     """Step I on x (B, d), z (B, k): the adversarial loss, and γ/2 times the penalty."""
     w = x @ E.T  # (B, k)
     w_fake = z @ (E @ (G @ F).detach()).T  # (B, k): E(G(F(z))) without an x in between
-    real = D(w)
-    (v,) = torch.autograd.grad(real.sum(), w, create_graph=True)
-    squared = ((v @ (E @ E.T)) * v).sum(1)  # ∇ₓ D(E x) = Eᵀv
-    penalty = squared if config.penalty == "r1" else ((squared + 1e-12).sqrt() - 1).square()
+    real = D(w)  # (B,)
+    (v,) = torch.autograd.grad(real.sum(), w, create_graph=True)  # (B, k): ∇ₓ D(E x) = Eᵀv
+    penalty = ((v @ (E @ E.T)) * v).sum(1)  # (B,): ‖∇ₓ D(E x)‖²
+    if config.penalty == "unit":
+        penalty = ((penalty + 1e-12).sqrt() - 1).square()
     adversarial = f(D(w_fake), config).mean() + f(-real, config).mean()
     return adversarial, config.gamma / 2 * penalty.mean()
 
@@ -200,7 +206,11 @@ def L_err_EG(F, G, E, z):
 
 
 def train_step(nets, opts, x, config):
-    """One iteration of algorithm 1 on x (B, d)."""
+    """One iteration of algorithm 1 on x (B, d).
+
+    The losses that it returns are without the penalty and the decay; alae_mnist.py's L_adv_ED has
+    R1 in it.
+    """
     F, G, E = (nets[name].weight for name in "FGE")
     z = torch.randn(3, len(x), config.k, device=x.device)  # fresh for each step
 

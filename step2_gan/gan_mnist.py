@@ -15,11 +15,12 @@ G minimises its own:
 Expect (20 epochs): LeNet-FID 7.1 (seed 0) and 22.2 (seed 1), each digit at least 7.9 % of samples.
 
 Deviations from the papers:
- 1. Adam 0.002, β = (0, 0.999); with R1 0.001. Chosen in trials on val, of which that of R1 is kept
-    (results/gan_mnist/val-r1-lr0.001.json). DCGAN (1511.06434) has 2e-4, (0.5, 0.999); R1's paper
-    RMSprop 1e-4. WGAN-GP has its paper's 1e-4 but β₂ 0.999, not 0.9; that preset has no kept run.
+ 1. Adam 0.002, β = (0, 0.999), chosen in trials on val. R1 has 0.001, because of the training loss
+    of a run on DW; a run on val with it is kept (results/gan_mnist/val-r1-lr0.001.json). DCGAN
+    (1511.06434) has 2e-4, (0.5, 0.999); R1's paper RMSprop 1e-4. WGAN-GP has its paper's 1e-4 but
+    β₂ 0.999, not 0.9; no run at that rate is kept.
  2. By default D has spectral normalization (1802.05957), which came after these losses; 0.002 was
-    chosen with it. The presets without it have 0.001, as sweeps/gan_losses.yaml.
+    chosen with it. The presets without it have 0.001, as sweeps/gan_losses.yaml, but for wgan-gp.
  3. z ~ N(0, I) with 50 dimensions, as in the other files. G has batch norm, D has none: so
     each penalty depends on one image alone.
  4. Samples come from an average of G's weights, as in PGGAN and ALAE (--eval-weights raw).

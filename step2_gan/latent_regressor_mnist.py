@@ -121,8 +121,8 @@ def train_step(nets, opt_D, opt_G, opt_E, x, config):
         x_fake = G(z)
         real = shared.fp32(D(x))  # (B, 1); two calls: each has its own batch statistics
         fake = shared.fp32(D(x_fake))
-        x_for_E = x_fake.detach()
-        if config.joint:  # a quarter of the gradient reaches G (train_mnist.sh)
+        x_for_E = x_fake.detach()  # LR: E's error does not reach G
+        if config.joint:  # the same numbers; a quarter of the gradient reaches G (train_mnist.sh)
             x_for_E = x_for_E + 0.25 * (x_fake - x_for_E)
         logits = shared.fp32(E(x_for_E))  # (B, Z)
     loss_D = L_adv_D(real, fake)

@@ -42,6 +42,8 @@ def test_smoke(name, finished):
         assert all(math.isfinite(float(value)) for value in row.values() if value)
     assert rows
     assert len(list(folder.glob("*.png"))) >= 3
+    config = json.loads((folder / "config.json").read_text())["config"]
+    assert config["seed"] == summary["seed"]
     model = torch.load(folder / "model.pt", weights_only=True)
     assert model["experiment"] == name and "random" not in model
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
