@@ -167,8 +167,8 @@ def fastest_exact_matmul(device):
 
 
 def products(config, device):
-    """A context for one optimizer's step: products and convolutions in bf16, if config says so. Not
-    to be nested: autocast keeps its copies of weights until the outermost context ends."""
+    """A context for one step of an algorithm: products and convolutions in bf16, if config says so.
+    Not to be nested: autocast keeps its copies of weights until the outermost context ends."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
@@ -229,7 +229,6 @@ def load_data(config, device, size=64):
         (x, y), test = load_archives(name, config.data_dir)
     else:
         fail(f"--dataset {name}: unknown; choose {', '.join(DATASETS)} or folder:PATH")
-
     if config.split != "dw" or test is None:
         n = len(x) // 6
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
@@ -316,26 +315,27 @@ def write_json(path, content):
 class Run:
     """The folder of a run, its table of metrics, its pictures, and its mirror in W&B.
 
-    nets: an nn.ModuleDict of what is evaluated and kept as model.pt. steps: how many an epoch has.
+    nets: an nn.ModuleDict of what is evaluated and kept as model.pt. epoch_steps: of one epoch.
     If config counts steps, an 'epoch' is a row of the table: eval_every steps, named by the last.
     """
 
-    def __init__(self, config, device, nets, steps=1):
-        self.config, self.nets, self.steps = config, nets, steps
+    def __init__(self, config, device, nets, epoch_steps=1):
+        self.config, self.nets, self.epoch_steps = config, nets, epoch_steps
         self.unit = "epoch" if hasattr(config, "epochs") else "step"
         self.total = getattr(config, f"{self.unit}s")
         self.file = Path(sys.modules[type(config).__module__].__file__)
         self.bar = tqdm(disable=True)
         self.history = {"commands": [], "commits": [], "images_seen": 0, "wall_s": 0.0}
-        self.history |= {"id": os.environ.get("WANDB_RUN_ID", os.urandom(4).hex()), "rows": []}
         self.source = config.resume or config.eval
         self.saved = load_checkpoint(self.source, type(config)) if self.source else {}
+        self.history |= self.saved.get("history", {})
         self.epoch = self.saved.get("epoch", 0)
         if config.resume:
             if "random" not in self.saved or self.epoch > self.total:
                 fail(f"{config.resume} has {self.epoch} {self.unit}s, or is a trained model")
-            self.dir, self.history = Path(config.resume).absolute().parent, self.saved["history"]
+            self.dir = Path(config.resume).absolute().parent
         else:
+            self.history |= {"id": os.environ.get("WANDB_RUN_ID", os.urandom(4).hex()), "rows": []}
             name = time.strftime(f"%Y%m%d-%H%M%S-seed{config.seed}-{self.history['id'][:3]}")
             self.dir = Path(config.out_dir, self.file.stem, config.run_name or name)
             try:
@@ -399,8 +399,8 @@ class Run:
         if self.config.eval:
             return
         every = 1 if self.unit == "epoch" else self.config.eval_every
-        how = {"initial": self.epoch * self.steps, "mininterval": 1 if sys.stderr.isatty() else 30}
-        self.bar = tqdm(None, self.file.stem, self.total * self.steps, **how)
+        how = {"initial": self.epoch * self.epoch_steps, "total": self.total * self.epoch_steps}
+        self.bar = tqdm(desc=self.file.stem, mininterval=1 if sys.stderr.isatty() else 30, **how)
         for before in range(self.epoch, self.total, every):
             self.epoch = min(before + every, self.total)
             self.sums, self.step_in_epoch = {}, 0
@@ -421,7 +421,7 @@ class Run:
     @property
     def progress(self):
         """Share of the training that is behind us, where config has epochs; for schedules."""
-        return (self.epoch - 1 + self.step_in_epoch / self.steps) / self.total
+        return (self.epoch - 1 + self.step_in_epoch / self.epoch_steps) / self.total
 
     def step(self, losses, images):
         """After each training step on so many images: its losses {name: tensor ()}."""
@@ -430,7 +430,7 @@ class Run:
         self.step_in_epoch += 1
         self.history["images_seen"] += images
         self.timed += images
-        if self.step_in_epoch == min(3, self.steps - 1):  # the clock runs from here
+        if self.step_in_epoch == min(3, self.epoch_steps - 1):  # the clock runs from here
             self.begin, self.timed = time.perf_counter(), 0
         self.bar.update()
         if self.step_in_epoch % 100 == 0:

@@ -14,12 +14,12 @@ def sliced_wasserstein(a, b):
 
 
 def gaps(z_train, z_test, draws):
-    """Distance of codes z_test (M, Z), and of as many of z_train, to draws of the prior (M, Z):
-    means over every second of an even number. The floor is that between one half and the other."""
-    floors, draws = draws[::2], draws[1::2]
+    """Mean distances to an even number of draws of the prior (M, Z), of which every second is used:
+    of codes z_test (M, Z), and of as many of z_train. The floor: of each draw to the next."""
+    first, second = draws[::2], draws[1::2]
     z_train = z_train[: len(z_test)]
     return {
-        "eval/prior_gap": fmean(sliced_wasserstein(z_test, z) for z in draws),
-        "eval/prior_gap_floor": fmean(map(sliced_wasserstein, floors, draws)),
-        "eval/prior_gap_train": fmean(sliced_wasserstein(z_train, z) for z in draws),
+        "eval/prior_gap": fmean(sliced_wasserstein(z_test, z) for z in second),
+        "eval/prior_gap_floor": fmean(map(sliced_wasserstein, first, second)),
+        "eval/prior_gap_train": fmean(sliced_wasserstein(z_train, z) for z in second),
     }

@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 BF16 = alae.FAST | {"precision": "bf16"}
 PRESETS = {
     "fp32": alae.FAST,
-    "ours": BF16,  # a context of autocast for each optimizer's step, F and D in fp32
+    "ours": BF16,  # a context of autocast for each step of algorithm 1, F and D in fp32
     "outputs-fp32": BF16,  # the last layers of G and E in fp32, too
     "r1-fp32": BF16,  # D(E(x)) and its gradient in fp32, too
     "F-D-bf16": BF16,  # F and D in bf16, their outputs in fp32

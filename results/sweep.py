@@ -10,6 +10,7 @@ skipped and what was stopped goes on, so this may be stopped, and started again,
 """
 
 import argparse
+import fcntl
 import itertools
 import json
 import os
@@ -26,11 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared import ROOT, fail
 
 from wandb.sdk.launch.sweeps import utils
-
-try:
-    import fcntl
-except ImportError:  # Windows: there a second start is not noticed
-    fcntl = None
 
 RUNNING = []  # processes; some have ended
 STOPPED = threading.Event()  # by Ctrl-C
@@ -79,8 +75,7 @@ def is_done(folder, command):
 def lock(file):
     """Whether no other process has the file, which is ours from now on, and our children's."""
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -16,7 +16,7 @@ this is what is equalized. Under plain Adam it is lr √(fan_in/2): wide layers 
 Here the FC ALAE is trained in all three ways and by plain Adam, as in train_fc_alae.py, from the
 same w, on the same x and z; the raw weights are evaluated.
 
-    python step3_official_alae/equalized_lr.py     # 8 minutes on one CPU core
+    python step3_official_alae/equalized_lr.py     # 8 minutes of training on one CPU core
 
 Expect (seed 0): in float64 the three part by at most 9·10⁻¹⁴ with ε = 10⁻³⁰, by 0.37 with 10⁻⁸.
 """
@@ -264,7 +264,7 @@ def main(config):
     run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)
     for epoch in run.epochs(parts):
         for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
-            if run.step_in_epoch == run.steps - 1:  # its own
+            if run.step_in_epoch == run.epoch_steps - 1:  # its own
                 before = {way: weights(nets[way]) for way in WAYS}  # its own
             losses = train_step(nets, opts, data.x_train[i], config)  # its own
             run.step(losses, len(i))

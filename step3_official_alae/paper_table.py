@@ -54,7 +54,7 @@ PAPER = {  # short and long features, of each of the COLUMNS
 }
 IMAGES = {"recon_mse": ("test MSE", 4), "identity": ("identity %", 1), "fid": ("LeNet-FID", 1)}
 DRAWN = "AE(l2)", "BiGAN", "ALAE"  # in clean.md
-NOT_IN_FRONT = "AE(l1)", "JLR", "ALAE, official setting"  # like AE(l2) and LR; shorter
+NOT_IN_FRONT = "AE(l1)", "JLR", "ALAE, official setting"  # much as AE(l2), LR; bf16's is longer
 EPOCHS = 5, 10, 20, 25, 40, 50, 75, 100, 200, 400, 600
 
 
@@ -82,7 +82,7 @@ def gather(folder):
             lengths = groups.get((run["experiment"], run["setting"], section))
             if lengths is not None and f"{section}/knn_acc_short" in run:
                 splits = lengths.setdefault(run["epochs"] if section == "eval" else 0, {})
-                splits.setdefault(run["split"], {}).setdefault(run["seed"], run)
+                splits.setdefault(run["split"], {})[run["seed"]] = run  # the last, as in table.py
     return groups
 
 
@@ -106,12 +106,12 @@ def markdown(lines):
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def table(groups, length):
-    """Ours below the paper's, in the paper's order; length: of features, short or long."""
+def table(groups, features):
+    """Ours below the paper's, in the paper's order; features: short or long."""
     lines = [["", "epochs", "seeds", "1-NN SW", "SVM SW", "1-NN DW", "SVM DW"]]
     for method, (paper, label) in METHODS.items():
         if paper:
-            numbers = PAPER[paper][("short", "long").index(length)]
+            numbers = PAPER[paper][("short", "long").index(features)]
             line = [f"**{paper}**, paper", "", "5", *(f"{number:.2f}" for number in numbers)]
             if line not in lines:
                 lines.append(line)
@@ -120,7 +120,7 @@ def table(groups, length):
             cells = []
             for kind, split in COLUMNS:
                 runs = splits.get(split, {}).values()
-                cells.append(cell(runs, f"{method[2]}/{kind}_acc_{length}"))
+                cells.append(cell(runs, f"{method[2]}/{kind}_acc_{features}"))
             if set(cells) != {"–"}:
                 lines.append([label, str(epochs), ", ".join(seeds), *cells])
     return markdown(lines)

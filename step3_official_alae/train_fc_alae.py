@@ -1,8 +1,8 @@
 """Adversarial Latent Autoencoder (ALAE), arXiv 2004.04467: the official fully connected model.
 
 Four maps: F: z → w, G: w → x, E: x → w, D: w → ℝ. G∘F is a generator, D∘E its critic, and E inverts
-G on the latents w, so that the reconstruction G(E(x)) never compares pixels. Algorithm 1, each
-step on fresh z ~ N(0, I):
+G on the latents w: no loss compares the pixels of x and G(E(x)). Algorithm 1, each step on fresh
+z ~ N(0, I):
 
     I.   E, D  minimise  softplus(D(E(G(F(z))))) + softplus(−D(E(x))) + γ/2 ‖∇ₓ D(E(x))‖²    (R1)
     II.  F, G  minimise  softplus(−D(E(G(F(z)))))
@@ -33,7 +33,7 @@ Deviations from the paper (P) or the official code (O: github.com/podgorskiy/ALA
     second half of the training, a sigmoid behind G, and a tenth of L_err. --preset signed: the
     same on x ∈ [−1, 1], with a tanh, three tenths of L_err and a rate that ends at four tenths.
     --preset long: signed for 75 epochs in bf16, with a rate that ends at a fifth.
-    --preset shallow: signed with two layers in F instead of six; minutes: with four, in 6 epochs.
+    --preset shallow: signed with two layers in F instead of six; minutes: four, 6 epochs, bf16.
 """
 
 import copy
@@ -59,7 +59,7 @@ PRESETS = {
     "fast": FAST,
     "signed": SIGNED,
     "long": SIGNED | {"epochs": 75, "lr_end": 0.2, "precision": "bf16"},
-    "shallow": SIGNED | {"mapping_layers": 2},  # identity is ahead at epoch 10, behind at 50
+    "shallow": SIGNED | {"mapping_layers": 2},  # keeps more digits at epoch 10, fewer at 50
     "minutes": SIGNED | {"mapping_layers": 4, "epochs": 6, "precision": "bf16"},
     # The way from official to fast, and what else the paper leaves open: changes to RATE
     "rate": RATE,
@@ -298,12 +298,12 @@ def draw(run, data, config):
     z_between = z[:8, None].lerp(z[8:16, None], t).flatten(0, 1)
     picture("interpolations_z", F(z_between), 10, "between two z")
 
-    variances, axes = torch.linalg.eigh(torch.cov(F(z).T).cpu())  # ascending
-    steps = torch.linspace(-2.5, 2.5, 11)[:, None]  # standard deviations
-    ways = steps * (variances.clamp(min=0).sqrt() * axes).T.flip(0)[:8, None]  # (8, 11, W)
-    names = [f"direction {i + 1}" for i in range(len(ways))]
+    variances, axes = torch.linalg.eigh(torch.cov(F(z).T).cpu())  # ascending; axes in columns
+    main_axes = (variances.clamp(min=0).sqrt() * axes).T.flip(0)[:8]  # (8, W), each of length σ
+    w_moved = w[0] + torch.linspace(-2.5, 2.5, 11).to(w)[:, None] * main_axes.to(w)[:, None]
+    names = [f"direction {i + 1}" for i in range(len(w_moved))]
     what = "x₀ moved along main directions of w, −2.5 σ to 2.5 σ"
-    picture("traversals", (w[0] + ways.to(w)).flatten(0, 1), 11, what, names)
+    picture("traversals", w_moved.flatten(0, 1), 11, what, names)
 
 
 def main(config):
