@@ -81,6 +81,7 @@ def test_eval_measures_model_and_checkpoint_without_training(
         train(monkeypatch, module, *options)
         run, metrics = ended.pop()
         assert run.epoch == trained[f"{run.unit}s"] > 0 and run.bar.n == 0
+        assert run.facts["commands"][:-1] == trained["commands"] and not run.rows
         assert metrics == pytest.approx({key: trained[key] for key in metrics}, rel=1e-6)
         assert metrics
 
