@@ -14,6 +14,7 @@ from conftest import (
     fake_run,
     prior_gap,
     record,
+    size,
     state_of,
     toy_data,
     train,
@@ -33,10 +34,6 @@ def preset(name, **changes):
     return aae.Config(**aae.PRESETS[name] | {"preset": name} | changes)
 
 
-def size(net):
-    return sum(p.numel() for p in net.parameters())
-
-
 def start(config, K):
     torch.manual_seed(0)
     nets = aae.build(config, MNIST, K)
@@ -48,6 +45,15 @@ def x_and_y(n=8, K=10):
 
 
 # Nets
+
+
+@pytest.mark.parametrize("net", ("dense", "conv"))
+def test_batch_norm_has_the_momentum_asked_for_and_the_slope_is_a_fifth(net):
+    layers = list(aae.build(aae.Config(net=net, bn_momentum=0.02), MNIST, 0).modules())
+    norms = [layer for layer in layers if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    assert {layer.momentum for layer in norms} == {0.02}
+    leaky = [layer for layer in layers if isinstance(layer, nn.LeakyReLU)]
+    assert {layer.negative_slope for layer in leaky} == {0.2}
 
 
 @pytest.mark.parametrize("K", (0, 10))

@@ -1,5 +1,7 @@
 """Semi-supervised AAE: phases, labels, clusters, what is measured and drawn."""
 
+from types import SimpleNamespace
+
 import shared
 
 import aae_semi_supervised as semi
@@ -101,9 +103,10 @@ def test_labelled_batches_are_of_the_chosen_labels_alone(monkeypatch, tmp_path, 
         rates.append(opts["Q_sup"].param_groups[0]["lr"])
 
     monkeypatch.setattr(semi, "set_rates", spy)
-    calls, _ = trained(monkeypatch, tmp_path, semi, {"L_rec": 1.0}, "--labels", 100)
+    how = ["--labels", 100, "--seed", 3]
+    calls, _ = trained(monkeypatch, tmp_path, semi, {"L_rec": 1.0}, *how)
     data = shared.load_data(semi.Config(smoke=True), torch.device("cpu"))
-    chosen = semi.balanced(data.y_train, 100, 0)
+    chosen = semi.balanced(data.y_train, 100, 3)
     drawn = set()
     for _, _, x, (x_l, k_l), _ in calls:
         i = torch.cdist(x_l, data.x_train).argmin(1)
@@ -206,3 +209,27 @@ def test_bad_input(words, complaint, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, semi, "--smoke", "--out-dir", tmp_path, *words)
     assert stop.value.code == 2 and complaint in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_rows_of_a_style_with_each_class_and_of_a_clusters_images(monkeypatch):
+    config, data, sheets = semi.Config(cluster=12), toy_data(), {}
+    nets = semi_start(config, 12)[0]
+    monkeypatch.setattr(shared, "grid", lambda images, *_: images.flatten(1))
+    semi.draw(SimpleNamespace(nets=nets, epoch=1, picture=sheets.__setitem__), data, config)
+    Q, P = nets.eval()["Q"], nets["P"]
+    y, z = semi.code(Q, data.x_test, config)
+    one, entries = torch.eye(12), y.argmax(1)
+    k = entries[0]
+
+    def decode(*codes):
+        return P(torch.cat(codes)).sigmoid()
+
+    close = torch.testing.assert_close
+    rows = sheets["style"].unflatten(0, (10, 13))
+    close(rows[:, 0], data.x_test[:10])
+    close(rows[3, 6], decode(one[5], z[3]))
+    rows = sheets["clusters"].unflatten(0, (12, 16))
+    close(rows[k, 0], decode(one[k], torch.zeros(10)))
+    close(rows[k, 1], data.x_test[0])
+    assert rows[k, 1:].ne(1).any(1).sum() == min(15, (entries == k).sum())

@@ -12,7 +12,6 @@ from conftest import FC_ALAE, ROOT, launch
 from PIL import Image
 
 GAN, LINEAR = "step2_gan/gan_mnist.py", "step1_linear/linear_alae.py"
-SEMI = "baselines/aae_semi_supervised.py"
 CASES = [
     (FC_ALAE, ["--nonsense"], "--nonsense"),
     (FC_ALAE, ["--split", "test"], "--split"),
@@ -40,7 +39,6 @@ CASES = [
     (FC_ALAE, ["--resume", "{tmp}/preset.pt"], "not of this version"),
     (FC_ALAE, ["--eval", "{root}/assets/fc_alae.pt", "--lr", "1"], "--lr: leave it out"),
     (LINEAR, ["--smoke", "--k", "784"], "spans 624 dimensions"),
-    (SEMI, ["--smoke", "--labels", "105"], "multiple of 10"),
 ]
 
 

@@ -1,6 +1,7 @@
 """The official ALAE: its optimizer, its losses, which nets each step moves, what is evaluated."""
 
 import copy
+from types import SimpleNamespace
 
 import shared
 
@@ -189,18 +190,56 @@ def test_decay_holds_the_rate_and_then_lets_it_fall_to_its_end():
     assert by_c[nets["E"][0].weight.c] == pytest.approx(0.1 * (2 / 20) ** 0.5)
 
 
-def test_the_rate_falls_with_every_step_of_a_run(cheap, few_images, tmp_path, monkeypatch):
-    shares = []
+def test_main_trains_each_net_at_the_falling_rate_on_images_in_the_nets_range(
+    cheap, few_images, tmp_path, monkeypatch
+):
+    rates = []
 
-    def note(config, done):
-        shares.append(done)
-        return 0.001
+    def train_step(nets, opt_ED, opt_FG, x, config):
+        for names, opt in (("ED", opt_ED), ("FG", opt_FG)):
+            expected = nn.ModuleList(nets[name] for name in names).parameters()
+            found = [p for group in opt.param_groups for p in group["params"]]
+            assert {*map(id, found)} == {*map(id, expected)}
+            rates.append({round(group["lr"] / group["c"], 9) for group in opt.param_groups})
+        assert x.min() == -1 and x.max() == 1
+        return {"L": torch.zeros(())}
 
-    monkeypatch.setattr(alae, "learning_rate", note)
-    monkeypatch.setattr(alae, "train_step", lambda *_: {"L": torch.zeros(())})
-    how = ["--smoke", "--batch-size", 100, "--out-dir", tmp_path]
+    monkeypatch.setattr(alae, "learning_rate", lambda config, progress: 1 - progress)
+    monkeypatch.setattr(alae, "train_step", train_step)
+    how = ["--smoke", "--batch-size", 100, "--input-range=11", "--out-dir", tmp_path]
     train(monkeypatch, alae, *how)  # 2 epochs of 4 steps
-    assert shares == pytest.approx([i / 8 for i in range(8)])
+    assert rates == [{1 - i // 2 / 8} for i in range(16)]
+
+
+@torch.no_grad()
+def test_each_picture_shows_what_its_title_says(monkeypatch):
+    config, data, pictures = alae.Config(latent_dim=5, input_range="11"), toy_data(size=16), {}
+    torch.manual_seed(0)
+    nets = alae.build(config, 16)
+    monkeypatch.setattr(shared, "grid", lambda images, *_: images.flatten(1))
+    monkeypatch.setattr(shared, "pairs", lambda x, x_rec, _: (x.flatten(1), x_rec.flatten(1)))
+    run = SimpleNamespace(nets=nets, epoch=3, picture=pictures.__setitem__)
+    alae.draw(run, data, config)
+
+    F, G, E = nets["F"], nets["G"], nets["E"]
+    x, z = data.x_test[:50], torch.randn(10_000, 5, generator=torch.Generator().manual_seed(0))
+    w, w_fake = E(2 * x - 1), F(z)
+
+    def pixels(w):
+        return (G(w) + 1) / 2
+
+    close = torch.testing.assert_close
+    close(pictures["samples"], pixels(w_fake[:100]))
+    close(pictures["reconstructions"], (x, pixels(w)))
+    for name, codes in (("interpolations", w), ("interpolations_z", w_fake)):
+        rows = pictures[name].unflatten(0, (8, 10))
+        close(rows[:, [0, 9]], torch.stack([pixels(codes[:8]), pixels(codes[8:16])], 1))
+    rows = pictures["traversals"].unflatten(0, (5, 11))
+    close(rows[:, 5], pixels(w[:1]).expand(5, -1))
+    _, sigma, axes = torch.linalg.svd(w_fake - w_fake.mean(0), full_matrices=False)
+    far = 2.5 * (sigma / 9999**0.5)[:, None] * axes
+    ends = torch.stack([pixels(w[0] - far), pixels(w[0] + far)], 1)  # axes have no sign
+    close(rows[:, [0, 10]].sort(1).values, ends.sort(1).values, atol=1e-4, rtol=1e-3)
 
 
 def test_a_decay_fixes_the_length(cheap, few_images, tmp_path, monkeypatch, capsys):

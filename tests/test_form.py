@@ -8,7 +8,10 @@ from dataclasses import fields
 from difflib import SequenceMatcher
 from pathlib import Path
 
+import shared
+
 import pytest
+from conftest import ROOT
 from test_smoke import EXPERIMENTS, FILES
 
 TRAINED = [path for path in FILES if "run.epochs(" in path.read_text()]
@@ -77,3 +80,19 @@ def test_no_public_repository_is_called_by_a_number_of_ours():
     pages = [*root.glob("*.md"), *root.glob("*/*.md"), *root.glob("*/*.py"), *root.glob("*.py")]
     found = [page for page in pages if re.search("seed ?00[0-4]", page.read_text())]
     assert not found
+
+
+def test_every_command_in_a_text_is_one_that_its_program_understands(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    pages = [page for page in ROOT.glob("*/*.md") if page.parent.name != "results"]  # old commands
+    commands = set()
+    for page in (*ROOT.glob("*.md"), *pages, *FILES):
+        commands |= set(re.findall(r"python (\w+/\w+\.py)((?: +[^\s#`|]+)*)", page.read_text()))
+    parsed = 0
+    for file, words in commands:
+        module = importlib.import_module(Path(file).stem) if ROOT / file in FILES else None
+        if hasattr(module, "Config") and "NAME" not in words:
+            presets = getattr(module, "PRESETS", None)
+            shared.parse_config(module.Config, presets, words.split())
+            parsed += 1
+    assert parsed > 40

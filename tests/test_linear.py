@@ -676,26 +676,6 @@ def test_a_resumed_run_is_the_same_to_the_bit(
     assert len(names) > 8 and all(summary[name] == whole[0][name] for name in names)
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_a_trained_model_or_checkpoint_is_evaluated_again(
-    module, toys, unpictured, monkeypatch, tmp_path
-):
-    summary, _ = fit(monkeypatch, tmp_path, module, "--steps", 20)
-    for path in list(tmp_path.glob("*/toy/*.pt")):
-        out = tmp_path / path.stem
-        train(monkeypatch, module, "--eval", path, "--out-dir", out, "--run-name", "again")
-        (path,) = out.glob("*/again/summary.json")
-        again = json.loads(path.read_text())
-        names = [name for name in summary if name.startswith("eval/")]
-        assert len(names) > 7 and all(again[name] == summary[name] for name in names)
-
-
-def test_no_steps_evaluates_the_untrained_maps(toys, unpictured, monkeypatch, tmp_path):
-    for module in FILES:
-        summary, model = fit(monkeypatch, tmp_path / module.__name__, module, "--steps", 0)
-        assert summary["eval/ratio"] > 1 and summary["steps"] == 0 and model["epoch"] == 0
-
-
 def test_an_image_run_draws_components_and_reconstructions_at_its_end_only(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(shared.Run, "picture", lambda run, name, _: drawn.append((run.epoch, name)))

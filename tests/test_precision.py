@@ -30,9 +30,16 @@ def test_bf16_trains_fp32_weights_as_fp32_does(name, finished, few_images, tmp_p
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     module, seen = importlib.import_module(name), set()
     options = [*smoke_options(module), "--precision", "bf16", "--out-dir", tmp_path]
+    step, kinds_of_losses = shared.Run.step, set()
+
+    def noting_step(run, losses, images):
+        kinds_of_losses.update(loss.dtype for key, loss in losses.items() if key.startswith("L_"))
+        step(run, losses, images)
+
+    monkeypatch.setattr(shared.Run, "step", noting_step)
     with register_module_forward_hook(lambda net, x, out: seen.add(getattr(out, "dtype", None))):
         train(monkeypatch, module, *options, "--run-name", "run")
-    assert torch.bfloat16 in seen
+    assert torch.bfloat16 in seen and kinds_of_losses == {torch.float32}
     model = torch.load(tmp_path / name / "run/model.pt", weights_only=True)
     kept = {}
     for state in model.values():

@@ -205,12 +205,11 @@ def test_ctrl_c_stops_the_children_and_the_same_command_goes_on(fake, capsys, nu
     assert [status(fake.folder / f"study-seed{i}") for i in (0, 8)] == ["done", "done"]
 
 
-def test_a_file_that_is_no_grid_is_refused(tmp_path, capsys):
-    (tmp_path / "s.yaml").write_text('{"program": "a.py", "method": "random", "parameters": {}}')
-    for path in (tmp_path / "s.yaml", tmp_path / "none.yaml"):
-        with pytest.raises(SystemExit) as stop:
-            sweep.expand(path)
-        assert stop.value.code == 2 and "method: grid" in capsys.readouterr().err
+def test_workers_share_the_cores(fake, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    fake(0, workers=2)
+    assert os.environ["OMP_NUM_THREADS"] == "3"
 
 
 def test_the_command_line(here, tmp_path, monkeypatch):
@@ -302,13 +301,18 @@ def test_a_table_in_a_readme_is_renewed_between_its_markers(monkeypatch, tmp_pat
     assert "<!-- table: clean -->\nas it is\n<!-- /table -->" in new and table.renew(new) == new
 
 
-@pytest.mark.parametrize("text", ["torch", "method: random"])
-def test_what_is_no_sweep_file_is_refused_in_one_line(text, tmp_path, capsys):
-    (tmp_path / "study.yaml").write_text(text)
-    with pytest.raises(SystemExit):
+RANDOM = '{"program": "a.py", "method": "random", "parameters": {}}'
+
+
+@pytest.mark.parametrize("text", ["torch", "method: random", RANDOM, ""])
+def test_what_is_no_sweep_file_is_refused(text, tmp_path, capsys):
+    if text:
+        (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
         sweep.expand(tmp_path / "study.yaml")
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "not a sweep file" in error
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "not a sweep file" in lines[-1]
+    assert len(lines) == (1 if text else 2)  # W&B says that there is no file
 
 
 def test_a_table_may_take_the_runs_of_one_study(monkeypatch, tmp_path):
@@ -379,6 +383,19 @@ def paper_run(method, split, seed, value, epochs=7, **more):
 
 BIGAN, OFFICIAL = ("bigan_mnist", ""), ("train_fc_alae", "precision bf16")
 FAST = ("train_fc_alae", "preset fast")
+
+
+def test_tables_on_the_command_line(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    write(tmp_path / "runs", paper_run(OFFICIAL, "dw", 0, 94.0))
+    text = here("results/table.py", tmp_path / "runs").stdout
+    assert text.startswith("\n## Autoencoders") and "\n- `python e.py`: 7 epochs" in text
+    text = here("step3_official_alae/paper_table.py", tmp_path / "runs").stdout
+    assert text.count("| ALAE, official setting, bf16 | 7 |") == 3  # front, short, long
+    assert "| ALAE, official setting, bf16 | test MSE |" in text  # clean
+    for file in ("results/table.py", "step3_official_alae/paper_table.py"):
+        refused = here(file, tmp_path / "none")
+        assert refused.returncode == 2 and "no finished run" in refused.stderr
 
 
 def test_ours_stand_below_the_papers(tmp_path):

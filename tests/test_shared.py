@@ -144,6 +144,15 @@ def test_recon_mse_clips():
         assert metrics == {"eval/recon_mse": expected}
 
 
+def test_lenet_sees_images_in_grey_of_its_size_and_clipped():
+    levels = torch.tensor([-1.0, 0.25, 2.0])
+    grey = levels.view(3, 1, 1, 1).expand(3, 1, 28, 28)
+    assert shared.lenet.judge(torch.nn.Identity(), grey).equal(grey.clamp(0, 1))
+    colours = levels.view(1, 3, 1, 1).expand(1, 3, 56, 56)
+    seen = shared.lenet.judge(torch.nn.Identity(), colours)
+    torch.testing.assert_close(seen, torch.full((1, 1, 28, 28), 1.25 / 3))
+
+
 def test_the_committed_lenet_is_right_on_99_percent(mnist):
     right = shared.lenet.identity(mnist.images(mnist.x_test), mnist.y_test)
     assert right == pytest.approx(99.44, abs=0.015)  # other weights make other numbers
@@ -206,7 +215,9 @@ def test_colours_are_channels(tmp_path):
 
 def test_own_pictures_are_cropped_and_split_without_loss(tmp_path):
     for i in range(120):
-        Image.fromarray(np.full((40, 30, 3), 2 * i, np.uint8)).save(tmp_path / f"{i:03}.png")
+        picture = np.full((200, 30, 3), 2 * i, np.uint8)
+        picture[:70] = picture[130:] = 255  # far above and below the central square
+        Image.fromarray(picture).save(tmp_path / f"{i:03}.png")
     data = shared.load_data(Config(dataset=f"folder:{tmp_path}", batch_size=10), CPU, size=16)
     assert data.shape == (1, 16, 16) and data.y_train is None and data.y_test is None
     values = torch.cat([data.x_train, data.x_test])[:, 0].mul(255).round().int().tolist()
@@ -234,6 +245,14 @@ def test_step_batches_go_through_the_epochs_row_by_row():
 
 
 # The machine
+
+
+def test_the_seed_is_that_of_the_initial_weights_and_of_z():
+    drawn = []
+    for seed in (3, 3, 4):
+        shared.setup(Config(seed=seed, device="cpu"))
+        drawn.append(torch.randn(5))
+    assert drawn[0].equal(drawn[1]) and not drawn[0].equal(drawn[2])
 
 
 def test_products_keep_fp32_accuracy():
@@ -290,6 +309,18 @@ def test_epochs_are_due_every_eval_every_but_the_last_is_not():
         if run.is_due():
             due.append(epoch)
     assert due == [3, 6]
+
+
+def test_a_row_has_the_mean_losses_of_its_epoch_and_the_speed_after_three_steps(monkeypatch):
+    run, rows, clock = object.__new__(shared.Run), [], iter([50.0, 53.5])
+    run.unit, run.epoch, run.epoch_steps = "epoch", 1, 10
+    run.sums, run.step_in_epoch, run.begin, run.timed = {}, 0, 0.0, 0
+    run.bar, run.history, run.log = shared.tqdm(disable=True), {"images_seen": 0}, rows.append
+    monkeypatch.setattr(shared.time, "perf_counter", lambda: next(clock))
+    for i in range(10):
+        run.step({"L": torch.tensor(float(i))}, 4)
+    run.log_losses()
+    assert rows == [{"train/L": 4.5, "perf/images_per_s": 7 * 4 / 3.5}]
 
 
 def test_presets_replace_defaults_and_the_command_line_replaces_presets():
@@ -419,3 +450,33 @@ def test_a_run_survives_a_picture_that_wandb_does_not_take(tmp_path, monkeypatch
     run.picture("samples", shared.grid(torch.rand(2, 1, 4, 4), 2, "samples"))
     assert (tmp_path / "samples.png").exists() and run.wandb is None
     assert "training goes on" in capsys.readouterr().err
+
+
+# Pictures
+
+
+def test_a_grid_is_filled_row_by_row_and_clipped():
+    grey = torch.linspace(-0.5, 1.5, 6)
+    figure = shared.grid(grey.view(6, 1, 1, 1).expand(6, 1, 2, 2), 3, "title", ["a", "b"])
+    (axes,) = figure.axes
+    sheet = torch.tensor(axes.get_images()[0].get_array())  # each image in a white frame: 4 × 4
+    assert sheet.shape == (8, 12) and sheet[::4].eq(1).all()
+    assert sheet[1::4, 1::4].equal(grey.clamp(0, 1).view(2, 3))
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"]
+
+
+def test_each_row_of_images_is_above_that_of_their_reconstructions(monkeypatch):
+    monkeypatch.setattr(shared, "grid", lambda images, *more: (images, *more))
+    x = torch.rand(25, 1, 4, 4)
+    both, *more = shared.pairs(x, x - 1, "title")
+    assert both.equal(torch.cat([x[:10], x[:10] - 1, x[10:20], x[10:20] - 1]))
+    assert more == [10, "title", ["x", "rec.", "x", "rec."]]
+
+
+def test_curves_have_a_panel_for_each_number_that_was_logged_twice():
+    rows = [{"epoch": 1, "L": 1.0}, {"epoch": 2, "L": 3.0, "eval/fid": 7.0}]
+    rows.append({"epoch": 3, "eval/fid": 5.0, "eval/svm": 90.0})
+    panels = {}
+    for axes in shared.curves(rows, "epoch", "title").axes:
+        panels[axes.get_title()] = axes.lines[0].get_xydata().tolist()
+    assert panels == {"L": [[1, 1], [2, 3]], "eval/fid": [[2, 7], [3, 5]]}

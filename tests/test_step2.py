@@ -12,7 +12,7 @@ import gan_mnist as gan
 import latent_regressor_mnist as lr
 import pytest
 import torch
-from conftest import toy_data, train, watch
+from conftest import size, toy_data, train, watch
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits, softplus
@@ -24,10 +24,6 @@ each_encoder = pytest.mark.parametrize("module, options", ENCODERS)
 
 def adam(*nets):
     return torch.optim.Adam(nn.ModuleList(nets).parameters(), 1e-3)
-
-
-def size(net):
-    return sum(p.numel() for p in net.parameters())
 
 
 def leave_gradients(nets):
@@ -68,6 +64,40 @@ def test_sizes_without_biases(module):
     z_too = 50 * 1024 if module is bigan else 0
     assert size(nets["D"]) == 784 * 1024 + z_too + 1024**2 + 1024
     assert all(layer.eps == 1e-8 for layer in norms(nets)) and len(norms(nets)) == 4
+
+
+@pytest.mark.parametrize("module", (ae, alae, bigan, gan, lr))
+def test_slopes_are_a_fifth_and_a_gans_pixels_lie_between_0_and_1(module):
+    nets = module.build(module.Config(), 784)
+    leaky = [layer for layer in nets.modules() if isinstance(layer, nn.LeakyReLU)]
+    assert {layer.negative_slope for layer in leaky} == {0.2}
+    pixels = nets["G"](torch.randn(64, 50))
+    assert (pixels.min() > 0 and pixels.max() < 1) == (module in (bigan, gan, lr))
+
+
+def test_F_and_D_of_alae_have_the_official_layers_and_a_tenth_of_the_rate():
+    rates = {}
+    for name, net in alae.build(alae.Config(), 784).items():
+        rates[name] = [layer.lrmul for layer in net if isinstance(layer, alae.Linear)]
+    assert rates == {"F": [0.1] * 6, "G": [1.0] * 3, "E": [1.0] * 3, "D": [0.1] * 3}
+
+
+def test_z_enters_bigans_discriminator_at_its_second_layer():
+    D, x, z = bigan.build(bigan.Config(latent_dim=5), 20)["D"], torch.rand(8, 20), torch.rand(8, 5)
+    nn.init.normal_(D.last[-1].weight)
+    first = D.first(x)
+    hidden = D.second(torch.where(first > 0, first, 0.2 * first)) + D.second_z(z)
+    torch.testing.assert_close(D(x, z), D.last(hidden))
+
+
+def test_weights_start_at_he_in_an_autoencoder_and_at_0_02_in_bigan():
+    nets = ae.build(ae.Config(), 784)
+    for layer in (*nets["G"][::2], *nets["E"][::2]):
+        expected = (2 / 1.04 / layer.in_features) ** 0.5  # He's for a slope of 0.2
+        assert layer.weight.std().item() == pytest.approx(expected, rel=0.02)
+        assert not layer.bias.any()
+    for weight in bigan.build(bigan.Config(), 784).parameters():
+        assert not weight.any() or weight.std().item() == pytest.approx(0.02, rel=0.02)
 
 
 def test_sizes_of_the_gan():

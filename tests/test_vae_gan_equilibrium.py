@@ -7,6 +7,7 @@ import shared
 import numpy as np
 import pytest
 import torch
+import vae_gan
 import vae_gan_equilibrium as equilibrium
 from conftest import assert_same, fake_run, record, state_of, toy_data, train
 from PIL import Image
@@ -24,6 +25,17 @@ def configure(preset="published", **changes):
 
 
 # Nets
+
+
+@pytest.mark.parametrize("module", (vae_gan, equilibrium))
+def test_a_cpu_has_a_quarter_of_the_width_and_32_pixels(module, monkeypatch):
+    def build(config, C):
+        raise RuntimeError(f"{config.width} of the width, {config.image_size} pixels")
+
+    monkeypatch.setattr(module, "build", build)
+    monkeypatch.setattr(shared, "load_data", lambda *_, **__: toy_data())
+    with pytest.raises(RuntimeError, match=r"0\.25 of the width, 32 pixels"):
+        module.main(module.Config(device="cpu"))
 
 
 def test_sizes_are_those_of_the_public_code():
