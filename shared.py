@@ -186,15 +186,14 @@ class Float32(nn.Sequential):
 
 
 def hardware(device):
-    """The GPU's name; or the processor's name, family and model, its cores and the threads used."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
+    """A GPU's name; the processor's name, family and model, its cores and the threads used."""
+    gpu = f"{torch.cuda.get_device_name()}, " if device.type == "cuda" else ""
     name, cpu = platform.processor(), Path("/proc/cpuinfo")
     text = cpu.read_text() if cpu.exists() else ""
     facts = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)", text, re.M))
     if len(facts) == 3:
         name = "{model name} (family {cpu family}, model {model})".format_map(facts)
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{gpu}{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 # Data
@@ -363,9 +362,9 @@ class Run:
         facts = {"experiment": self.file.stem, "run": self.dir.name, "setting": ", ".join(own)}
         facts |= {name: self.history[name] for name in ("commands", "commits")}
         facts |= {name: values[name] for name in ("dataset", "split", "seed")}
-        facts["matmul"] = torch.get_float32_matmul_precision()
+        facts |= {"matmul": torch.get_float32_matmul_precision(), "hardware": hardware(device)}
         facts["params"] = sum(p.numel() for p in self.nets.parameters())
-        return facts | {"hardware": hardware(device), "torch": torch.__version__}
+        return facts | {"python": platform.python_version(), "torch": torch.__version__}
 
     def _start_wandb(self):
         names = {"project": "alae", "group": self.file.stem, "job_type": self.file.parent.name}
@@ -403,6 +402,7 @@ class Run:
         self.bar = tqdm(desc=self.file.stem, mininterval=1 if sys.stderr.isatty() else 30, **how)
         for before in range(self.epoch, self.total, every):
             self.epoch = min(before + every, self.total)
+            self.untimed = min(3, (self.epoch - before) * self.epoch_steps - 1)  # first steps
             self.sums, self.step_in_epoch = {}, 0
             self.begin, self.timed = time.perf_counter(), 0
             yield self.epoch
@@ -430,7 +430,7 @@ class Run:
         self.step_in_epoch += 1
         self.history["images_seen"] += images
         self.timed += images
-        if self.step_in_epoch == min(3, self.epoch_steps - 1):  # the clock runs from here
+        if self.step_in_epoch == self.untimed:  # the clock runs from here
             self.begin, self.timed = time.perf_counter(), 0
         self.bar.update()
         if self.step_in_epoch % 100 == 0:

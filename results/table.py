@@ -67,7 +67,7 @@ KINDS = dict.fromkeys(LINEAR, "Linear autoencoders")  # several experiments in o
 WIDTHS = "Autoencoders, E 784-1024-1024-50 and G 50-1024-1024-784"
 KINDS |= dict.fromkeys((*NONLINEAR, "train_fc_alae"), WIDTHS)
 DETAILS = r"train|perf|.*/(L_|digit_\d|val_mse_|ms_per_step|explained|angle_mean)"  # left out
-NOT_CHOSEN = "pixels", "untrained"  # not beside runs, where metrics are chosen
+NOT_CHOSEN = "pixels", "untrained"  # where metrics are chosen: accuracies alone
 
 
 def collect(run):
@@ -116,9 +116,10 @@ def sections(run, metrics):
     found = {} if metrics else {"eval": {}}
     for key, value in run.items():
         section, _, metric = key.rpartition("/")
+        left_out = section in NOT_CHOSEN and "_acc_" not in metric
         if section and key in metrics:
             found.setdefault("eval", {})[key] = value
-        elif metrics and (metric not in metrics or section in NOT_CHOSEN):
+        elif metrics and (metric not in metrics or left_out):
             continue
         elif section and not re.match(DETAILS, key):
             found.setdefault(section, {})[metric] = value

@@ -11,6 +11,7 @@
     python step2_gan/autoencoder_mnist.py               # AE(l2), 20 epochs, 6 minutes on one core
     python step2_gan/autoencoder_mnist.py --loss vae    # the VAE that gan_mnist.py is compared with
     python step2_gan/autoencoder_mnist.py --loss bce --noise 0.5
+    python step2_gan/autoencoder_mnist.py --split sw --epochs 400    # as long as BiGAN's paper
 
 Expect (20 epochs, test images, seeds 0, 1): AE(l2) MSE 0.0053, identity 99.2 %, SVM short 89.8 ±
 0.1 %; VAE 0.0081, 98.1 %, 88.4 ± 0.2 %, LeNet-FID 145.
@@ -111,13 +112,11 @@ def decode(nets, z, config):
     return out.sigmoid() if config.loss in ("bce", "vae") else out
 
 
-def fitted_z(n, nets, data, config):
-    """Always the same z (n, Z): N(0, I) for a VAE, else with the training codes' moments."""
-    z = torch.randn(n, config.latent_dim, generator=torch.Generator().manual_seed(0))
-    z = z.to(data.x_train.device)
+def fitted_z(n, codes, config):
+    """Always the same z (n, Z): N(0, I) for a VAE, else with the moments of the codes (N, Z)."""
+    z = torch.randn(n, config.latent_dim, generator=torch.Generator().manual_seed(0)).to(codes)
     if config.loss == "vae":
         return z
-    codes = shared.chunked(nets["E"], data.x_train)
     covariance = codes.T.cov().view(config.latent_dim, -1).cpu()
     values, vectors = torch.linalg.eigh(covariance)  # unlike Cholesky's, good for a singular one
     return codes.mean(0) + z @ (vectors * values.clamp(min=0).sqrt()).T.to(z)
@@ -131,7 +130,7 @@ def evaluate(nets, data, config, full=False):
     long = [shared.chunked(E[:4], x) for x in (data.x_train, data.x_test)]
     short = [shared.chunked(E[4:], hidden)[:, :Z] for hidden in long]
     x_rec = shared.chunked(G, short[1])
-    x_fake = shared.chunked(G, fitted_z(len(data.x_test), nets, data, config))
+    x_fake = shared.chunked(G, fitted_z(len(data.x_test), short[0], config))
     metrics = shared.image_metrics(data, x_rec, x_fake)
     metrics |= shared.code_metrics(data, *short, "short", full)
     if full:
@@ -148,7 +147,8 @@ def draw(run, data, config):
     def images(z):
         return data.images(decode(run.nets, z, config))
 
-    samples = images(fitted_z(100, run.nets, data, config))
+    codes = shared.chunked(run.nets["E"], data.x_train)[:, : config.latent_dim]
+    samples = images(fitted_z(100, codes, config))
     run.picture("samples", shared.grid(samples, 10, f"{title}: samples"))
     codes = run.nets["E"](x)[:, : config.latent_dim]  # (50, Z); of a VAE the means
     pairs = shared.pairs(data.images(x), images(codes), f"{title}: test images x and G(E(x))")

@@ -8,7 +8,7 @@ z ~ N(0, I):
     II.  F, G  minimise  softplus(−D(E(G(F(z)))))
     III. E, G  minimise  ‖F(z) − E(G(F(z)))‖²
 
-    python step3_official_alae/train_fc_alae.py                             # official, 20 epochs
+    python step3_official_alae/train_fc_alae.py --epochs 600                # official; default: 20
     python step3_official_alae/train_fc_alae.py --preset signed             # ours, 50 epochs
     python step3_official_alae/train_fc_alae.py --eval assets/fc_alae.pt    # the trained model
 

@@ -3,7 +3,7 @@
     python tests/benchmark.py                          # all
     python tests/benchmark.py train_fc_alae bigan_mnist --steps 100
     python tests/benchmark.py vae_gan -- --width 1 --image-size 64      # options of the experiment
-    python tests/benchmark.py vae_gan --public -- --width 1 --image-size 64
+    python tests/benchmark.py vae_gan --public -- --width 1 --image-size 64; or aae_pytorch
     python tests/benchmark.py bigan_mnist --precisions # fp32 and bf16 in turns
     python tests/benchmark.py aae_freiburg --profile   # what takes a step's time
     python tests/benchmark.py --scale                  # FC ALAE by batch size and width
@@ -11,7 +11,8 @@
 
 ms per iteration (median), images/s, executed FLOP/s over torch.mm's on 128×1024 by 1024×1024, peak
 memory. The loop is the experiment's own: what is timed is all between two calls of Run.step.
---public: beside rishabhd786/VAE-GAN-PYTORCH's order of computation on the same nets, in turns.
+--public: beside the public code's order of computation (rishabhd786/VAE-GAN-PYTORCH,
+fducau/AAE_pytorch) on the same nets, in turns.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from torch.utils.flop_counter import flop_registry
 FOLDERS = ("step1_linear", "step2_gan", "step3_official_alae", "baselines")
 sys.path.extend(str(shared.ROOT / folder) for folder in FOLDERS)
 vae_gan = importlib.import_module("vae_gan")
+aae_pytorch = importlib.import_module("aae_pytorch")
 WAITING = {
     "OpenMP's default": {"GOMP_SPINCOUNT": "300000"},
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
@@ -237,7 +239,7 @@ def draw_scale(rows):
     figure.savefig(shared.ROOT / "results/scale.png", dpi=130)
 
 
-def public_order_step(nets, opts, x, config):
+def vae_gan_public_step(nets, opts, x, config):
     """An iteration of the VAE-GAN in the order of github.com/rishabhd786/VAE-GAN-PYTORCH: ten
     forward passes of Dis, and gradients that nobody wants."""
     Enc, Dec, Dis = nets["Enc"], nets["Dec"], nets["Dis"]
@@ -271,9 +273,30 @@ def public_order_step(nets, opts, x, config):
     update("Enc", vae_gan.kl(mu, log_var).mean() + config.gamma_enc * llike)
 
 
-def compare_with_public_order(steps, options):
-    """VAE-GAN: our step and the public code's order of computation, in turns in one training."""
-    ours, seconds = vae_gan.train_step, {"ours": [], "public": []}
+def aae_public_step(nets, opts, x, config):
+    """An iteration in the order of github.com/fducau/AAE_pytorch: D's loss also goes back through
+    Q, and Q's through D's weights, whose gradients nobody wants."""
+    Q, P, D = nets["Q"], nets["P"], nets["D"]
+
+    def update(loss, *roles):
+        nets.zero_grad()
+        loss.backward()
+        for role in roles:
+            opts[role].step()
+
+    update(aae_pytorch.L_rec(P(Q(x)), x), "P", "Q_rec")
+    z = aae_pytorch.sample_prior(x, config)
+    update(aae_pytorch.L_D(D, z, Q.eval()(x)), "D")
+    update(aae_pytorch.L_Q(D, Q.train()(x)), "Q_reg")
+
+
+PUBLIC = {"vae_gan": (vae_gan, vae_gan_public_step), "aae_pytorch": (aae_pytorch, aae_public_step)}
+
+
+def compare_with_public_order(name, steps, options):
+    """Our step and the public code's order of computation, in turns in one training."""
+    module, public_step = PUBLIC[name]
+    ours, seconds = module.train_step, {"ours": [], "public": []}
 
     def timed(label, step, arguments):
         start = time.perf_counter()
@@ -283,13 +306,14 @@ def compare_with_public_order(steps, options):
         return losses
 
     def both(*arguments):
-        timed("public", public_order_step, arguments)
+        timed("public", public_step, arguments)
         return timed("ours", ours, arguments)
 
-    vae_gan.train_step = both
-    run_steps("vae_gan", steps, options)
+    module.train_step = both
+    run_steps(name, steps, options)
     mine, theirs = (statistics.median(found[2:]) for found in seconds.values())
-    print(f"ours {1e3 * mine:.0f} ms, in the public order {1e3 * theirs:.0f}: {mine / theirs:.3f}")
+    both_ms = f"ours {1e3 * mine:.0f} ms, in the public order {1e3 * theirs:.0f}"
+    print(f"{name}: {both_ms}: {mine / theirs:.3f}", flush=True)
 
 
 def waiting(steps, rounds=3):
@@ -335,6 +359,8 @@ if __name__ == "__main__":
     paths = sorted(p for p in shared.ROOT.glob("*/*.py") if p.parent.name in FOLDERS)
     loop = "shared.products(" if args.precisions else "run.epochs("
     known = [path.stem for path in paths if loop in path.read_text()]
+    if args.public:
+        known = list(PUBLIC)
     names = args.names or known
     for name in names:
         if name not in known:
@@ -344,7 +370,8 @@ if __name__ == "__main__":
     elif args.scale:
         scale(args.steps)
     elif args.public:
-        compare_with_public_order(args.steps, options)
+        for name in names:
+            compare_with_public_order(name, args.steps, options)
     elif args.profile:
         for name in names:
             profile_steps(name, args.steps, options)

@@ -314,7 +314,7 @@ def test_epochs_are_due_every_eval_every_but_the_last_is_not():
 def test_a_row_has_the_mean_losses_of_its_epoch_and_the_speed_after_three_steps(monkeypatch):
     run, rows, clock = object.__new__(shared.Run), [], iter([50.0, 53.5])
     run.unit, run.epoch, run.epoch_steps = "epoch", 1, 10
-    run.sums, run.step_in_epoch, run.begin, run.timed = {}, 0, 0.0, 0
+    run.sums, run.step_in_epoch, run.untimed, run.begin, run.timed = {}, 0, 3, 0.0, 0
     run.bar, run.history, run.log = shared.tqdm(disable=True), {"images_seen": 0}, rows.append
     monkeypatch.setattr(shared.time, "perf_counter", lambda: next(clock))
     for i in range(10):
