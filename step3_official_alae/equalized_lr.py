@@ -76,7 +76,8 @@ class Linear(nn.Module):
 
 def build(config, X, runtime):
     """F: z (B, Z) → w (B, W), G: w → x (B, X), E: x → w, D: w → (B, 1)."""
-    Z, H, leaky = config.latent_dim, 1024, nn.LeakyReLU(0.2)
+    Z, leaky = config.latent_dim, nn.LeakyReLU(0.2)
+    H = 64 if config.smoke else 1024
     layer = partial(Linear, runtime=runtime)
     F = [nn.RMSNorm(Z, eps=1e-8, elementwise_affine=False)]  # pixel norm
     for _ in range(6):
