@@ -109,7 +109,7 @@ def clean(folder):
             axes.plot(epochs, numbers, "o-", markersize=4, label=label)
         axes.set(xscale="log", yscale="linear" if metric == "identity" else "log")
         axes.set(xlabel="epoch", ylabel=table.NAMES[metric])
-        axes.set_xticks([5, 10, 20, 50, 100, 200], [5, 10, 20, 50, 100, 200])
+        axes.set_xticks([5, 10, 20, 50, 100, 200, 400], [5, 10, 20, 50, 100, 200, 400])
         axes.set_yticks(values, values)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
