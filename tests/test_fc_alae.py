@@ -198,7 +198,9 @@ def test_main_trains_each_net_at_the_falling_rate_on_images_in_the_nets_range(
     def train_step(nets, opt_ED, opt_FG, x, config):
         for names, opt in (("ED", opt_ED), ("FG", opt_FG)):
             expected = nn.ModuleList(nets[name] for name in names).parameters()
-            found = [p for group in opt.param_groups for p in group["params"]]
+            found = []
+            for group in opt.param_groups:
+                found += group["params"]
             assert {*map(id, found)} == {*map(id, expected)}
             rates.append({round(group["lr"] / group["c"], 9) for group in opt.param_groups})
         assert x.min() == -1 and x.max() == 1
@@ -217,7 +219,7 @@ def test_each_picture_shows_what_its_title_says(monkeypatch):
     torch.manual_seed(0)
     nets = alae.build(config, 16)
     monkeypatch.setattr(shared, "grid", lambda images, *_: images.flatten(1))
-    monkeypatch.setattr(shared, "pairs", lambda x, x_rec, _: (x.flatten(1), x_rec.flatten(1)))
+    monkeypatch.setattr(shared, "pairs", lambda x, x_rec, _: torch.stack([x, x_rec]).flatten(2))
     run = SimpleNamespace(nets=nets, epoch=3, picture=pictures.__setitem__)
     alae.draw(run, data, config)
 
@@ -230,7 +232,7 @@ def test_each_picture_shows_what_its_title_says(monkeypatch):
 
     close = torch.testing.assert_close
     close(pictures["samples"], pixels(w_fake[:100]))
-    close(pictures["reconstructions"], (x, pixels(w)))
+    close(pictures["reconstructions"], torch.stack([x, pixels(w)]))
     for name, codes in (("interpolations", w), ("interpolations_z", w_fake)):
         rows = pictures[name].unflatten(0, (8, 10))
         close(rows[:, [0, 9]], torch.stack([pixels(codes[:8]), pixels(codes[8:16])], 1))
