@@ -2,8 +2,8 @@
 
     python assets/lenet.py              # trains it: assets/lenet.pt
 
-The committed weights were made once. They are not made again: new ones would make
-all identities and LeNet-FIDs incomparable. Right on 99.44 % of the test images.
+The committed weights were made once. They are not made again: new ones would make all
+identities and LeNet-FIDs incomparable. Right on 99.44 % of the test images.
 """
 
 import sys

@@ -67,7 +67,7 @@ KINDS = dict.fromkeys(LINEAR, "Linear autoencoders")  # several experiments in o
 WIDTHS = "Autoencoders, E 784-1024-1024-50 and G 50-1024-1024-784"
 KINDS |= dict.fromkeys((*NONLINEAR, "train_fc_alae"), WIDTHS)
 DETAILS = r"train|perf|.*/(L_|digit_\d|val_mse_|ms_per_step|explained|angle_mean)"  # left out
-NOT_CHOSEN = "pixels", "untrained"  # where metrics are chosen: accuracies alone
+REFERENCES = "pixels", "untrained"  # where metrics are chosen, their accuracies alone
 
 
 def collect(run):
@@ -116,7 +116,7 @@ def sections(run, metrics):
     found = {} if metrics else {"eval": {}}
     for key, value in run.items():
         section, _, metric = key.rpartition("/")
-        left_out = section in NOT_CHOSEN and "_acc_" not in metric
+        left_out = section in REFERENCES and "_acc_" not in metric
         if section and key in metrics:
             found.setdefault("eval", {})[key] = value
         elif metrics and (metric not in metrics or left_out):
@@ -139,7 +139,7 @@ def lines_of(runs, label, metrics):
     for section, numbers in values.items():
         cells = {metric: cell(metric, of_seeds) for metric, of_seeds in numbers.items()}
         if cells and not any(cells.items() <= other.items() for _, other in lines):  # new
-            duration = "0 epochs" if section in ("pixels", "untrained") else length(runs[0])
+            duration = "0 epochs" if section in REFERENCES else length(runs[0])
             data = f"{runs[0]['dataset']} {runs[0]['split']}"
             n = max(len(of_seeds) for of_seeds in numbers.values())
             lines.append(([names.get(section, section), duration, data, str(n)], cells))

@@ -3,7 +3,8 @@
     python tests/benchmark.py                          # all
     python tests/benchmark.py train_fc_alae bigan_mnist --steps 100
     python tests/benchmark.py vae_gan -- --width 1 --image-size 64      # options of the experiment
-    python tests/benchmark.py vae_gan --public -- --width 1 --image-size 64; or aae_pytorch
+    python tests/benchmark.py vae_gan --public -- --width 1 --image-size 64
+    python tests/benchmark.py aae_pytorch --public
     python tests/benchmark.py bigan_mnist --precisions # fp32 and bf16 in turns
     python tests/benchmark.py aae_freiburg --profile   # what takes a step's time
     python tests/benchmark.py --scale                  # FC ALAE by batch size and width
