@@ -1,8 +1,7 @@
 """What every experiment shares and no paper owns: options, data, a run's folder, pictures.
 
 Networks, losses, optimizers, schedules and the order of updates stay in the experiments. Their main
-functions end in the same loop; a line that only some have is marked `# its own`. Instruments are
-in assets/: lenet.py, classifiers.py, prior.py, and pca.py for linear maps.
+loops are alike; a line that only some have is marked `# its own`. Instruments are in assets/.
 """
 
 import argparse
@@ -109,7 +108,7 @@ def parse_config(Config, presets=None, argv=None):
         if defaults.get("decay"):  # the learning rate falls towards the last epoch
             beside = beside - {"epochs"}
         for name in sorted(given.keys() - beside):
-            fail(f"--{name}: leave it out, {path} has its own")
+            fail(f"--{name.replace('_', '-')}: leave it out, {path} has its own")
     if "eval" in given:
         defaults = {name: defaults[name] for name in defaults.keys() - OF_THE_MACHINE}
     return Config(**(defaults | given))
@@ -188,7 +187,7 @@ class Float32(nn.Sequential):
 def hardware(device):
     """A GPU's name; the processor's name, family and model, its cores and the threads used."""
     gpu = f"{torch.cuda.get_device_name()}, " if device.type == "cuda" else ""
-    name, cpu = platform.processor(), Path("/proc/cpuinfo")
+    name, cpu = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     text = cpu.read_text() if cpu.exists() else ""
     facts = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)", text, re.M))
     if len(facts) == 3:
@@ -204,9 +203,9 @@ class Data(NamedTuple):
 
     name: str
     x_train: torch.Tensor  # (N, X)
-    y_train: torch.Tensor  # (N,)
+    y_train: torch.Tensor | None  # (N,)
     x_test: torch.Tensor  # (M, X)
-    y_test: torch.Tensor  # (M,)
+    y_test: torch.Tensor | None  # (M,)
     shape: torch.Size  # (C, H, W) with X = C H W
 
     def images(self, x):
@@ -220,7 +219,7 @@ def load_data(config, device, size=64):
     dw tests on the official test images, sw on a sixth of the others, val, for choices, on another
     sixth; they train on 60,000, 50,000 and 40,000 images of MNIST. A folder's dw is its sw.
     """
-    name, limit = config.dataset, 2000 if config.smoke else 10**9
+    name, limit = config.dataset, (2000 if config.smoke else 10**9)
     if name.startswith("folder:"):
         x = read_pictures(Path(name.removeprefix("folder:")).expanduser(), size, limit)
         y, test = torch.zeros(len(x)), None
@@ -238,7 +237,7 @@ def load_data(config, device, size=64):
     x, y = to_images(x[:limit], device), y[:limit].to(device)
     x_test, y_test = to_images(test[0][: limit // 2], device), test[1][: limit // 2].to(device)
     if len(x) < getattr(config, "batch_size", 1):
-        fail(f"--batch-size {config.batch_size} is larger than the training data")
+        fail(f"--batch-size {config.batch_size}: there are only {len(x)} training images")
     data = Data(name, x.flatten(1), y, x_test.flatten(1), y_test, x.shape[1:])
     return data._replace(y_train=None, y_test=None) if name.startswith("folder:") else data
 
@@ -251,7 +250,7 @@ def to_images(x, device):
 
 def load_archives(name, data_dir):
     """Training and test images of a dataset, uint8, with labels; torchvision fetches them."""
-    cls, folder = getattr(datasets, DATASETS[name]), Path(data_dir or ROOT / "data")
+    cls, folder = getattr(datasets, DATASETS[name]), Path(data_dir or ROOT / "data").expanduser()
     try:
         parts = [cls(folder, train, download=True) for train in (True, False)]
     except Exception as error:  # no network, no permission, a wrong MD5: many kinds
@@ -264,7 +263,7 @@ def read_pictures(folder, size, limit):
     known = Image.registered_extensions()
     paths = sorted(path for path in folder.rglob("*.*") if path.suffix.lower() in known)
     if len(paths) < 100:
-        fail(f"--dataset folder:{folder}: only {len(paths)} pictures there, not 100")
+        fail(f"--dataset folder:{folder}: {len(paths)} pictures there, at least 100 are needed")
     pictures = []
     for path in tqdm(paths[:limit], "reading pictures", leave=False, delay=1):
         try:
@@ -314,7 +313,7 @@ def write_json(path, content):
 class Run:
     """The folder of a run, its table of metrics, its pictures, and its mirror in W&B.
 
-    nets: an nn.ModuleDict of what is evaluated and kept as model.pt. epoch_steps: of one epoch.
+    nets: an nn.ModuleDict of what is evaluated and kept as model.pt. epoch_steps: steps an epoch.
     If config counts steps, an 'epoch' is a row of the table: eval_every steps, named by the last.
     """
 
@@ -331,12 +330,12 @@ class Run:
         self.epoch = self.saved.get("epoch", 0)
         if config.resume:
             if "random" not in self.saved or self.epoch > self.total:
-                fail(f"{config.resume} has {self.epoch} {self.unit}s, or is a trained model")
+                fail(f"{config.resume}: no checkpoint.pt with at most {self.total} {self.unit}s")
             self.dir = Path(config.resume).absolute().parent
         else:
             self.history |= {"id": os.environ.get("WANDB_RUN_ID", os.urandom(4).hex()), "rows": []}
             name = time.strftime(f"%Y%m%d-%H%M%S-seed{config.seed}-{self.history['id'][:3]}")
-            self.dir = Path(config.out_dir, self.file.stem, config.run_name or name)
+            self.dir = Path(config.out_dir, self.file.stem, config.run_name or name).expanduser()
             try:
                 self.dir.mkdir(parents=True)
             except OSError as error:
@@ -381,7 +380,7 @@ class Run:
             fail(f"--wandb: {str(error) or 'interrupted'}")
 
     def _mirror(self, function):
-        """function(the W&B run). W&B never stops a training: once it fails it is left alone."""
+        """function(the run in W&B). W&B never stops a training: once it fails it is left alone."""
         try:
             if self.wandb:
                 function(self.wandb)
@@ -413,7 +412,9 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(self.saved[name])
         except (RuntimeError, KeyError, ValueError) as error:  # shapes that differ, another version
-            fail(f"{self.source} does not fit this data, or version: {error}")  # nothing written
+            if not self.config.resume:
+                self.dir.rmdir()  # nothing was written yet
+            fail(f"{self.source} does not fit this data, or version: {error}")
         if self.config.resume:
             torch.set_rng_state(self.saved["random"])
             torch.cuda.set_rng_state_all(self.saved["random_cuda"][: torch.cuda.device_count()])
@@ -441,7 +442,7 @@ class Run:
         means = {f"train/{k}": float(v) / self.step_in_epoch for k, v in self.sums.items()}
         for name, mean in means.items():
             if not np.isfinite(mean):
-                self._end("diverged", f"{name} became {mean} in {self.unit} {self.epoch}", 1)
+                self._end("diverged", f"{name} became {mean} by {self.unit} {self.epoch}", 1)
         name, mean = next(iter(means.items()))
         self.bar.set_postfix_str(f"{self.unit} {self.epoch}, {name} {mean:.4g}", refresh=False)
         return means
@@ -459,7 +460,7 @@ class Run:
         self.rows[-1] |= metrics
         write_file(self.dir / "metrics.csv", self._write_rows)
         self._summarize("running")
-        self._mirror(lambda run: run.log(metrics, step=self.epoch))
+        self._mirror(lambda w: w.log(metrics, step=self.epoch))
 
     def _write_rows(self, path):
         with open(path, "w", newline="") as file:
@@ -497,7 +498,7 @@ class Run:
         """A matplotlib figure as <name>.png."""
         path = self.dir / f"{name}.png"
         write_file(path, lambda temporary: figure.savefig(temporary, dpi=150, bbox_inches="tight"))
-        self._mirror(lambda run: run.log({f"media/{name}": self.image(str(path))}, step=self.epoch))
+        self._mirror(lambda w: w.log({f"media/{name}": self.image(str(path))}, step=self.epoch))
 
     def _summarize(self, status):
         self.history["wall_s"] = round(time.time() - self.start, 1)
@@ -517,8 +518,8 @@ class Run:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self._summarize(status)
-        self._mirror(lambda run: run.summary.update(self.summary))
-        self._mirror(lambda run: run.finish(exit_code=code))
+        self._mirror(lambda w: w.summary.update(self.summary))
+        self._mirror(lambda w: w.finish(exit_code=code))
         if message:
             fail(f"{status}: {message}", code)
 
@@ -548,8 +549,7 @@ def pairs(images, reconstructions, title):
 
 def curves(rows, unit, title):
     """A figure with a panel for each number in the rows, against the unit."""
-    names = [name for name in sorted(ChainMap(*rows)) if sum(name in row for row in rows) > 1]
-    names.remove(unit)
+    names = sorted(k for k in {*ChainMap(*rows)} - {unit} if sum(k in row for row in rows) > 1)
     figure = Figure(figsize=(13, 2.8 * -(-len(names) // 4)), layout="constrained")
     for place, name in enumerate(names, 1):
         axes = figure.add_subplot(-(-len(names) // 4), 4, place, xlabel=unit, title=name)

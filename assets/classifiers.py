@@ -31,7 +31,10 @@ def svm_accuracy(train, y_train, test, y_test, C=0.02):
     """
     X, X_test = pad(train, (0, 1), value=1.0), pad(test, (0, 1), value=1.0)  # (N, d + 1)
     Y = 2 * one_hot(y_train).to(X) - 1  # (N, classes)
-    L = torch.linalg.cholesky(torch.eye(X.shape[1], device=X.device) + 2 * C * (X.T @ X))
+    H = torch.eye(X.shape[1], device=X.device) + 2 * C * (X.T @ X)
+    L, failed = torch.linalg.cholesky_ex(H)
+    if failed:  # rounding, where features are large and dependent; any L has the same optimum
+        L = torch.linalg.cholesky(H + 1e-5 * H.trace() * torch.eye(len(H), device=H.device))
     v = torch.zeros(X.shape[1], Y.shape[1], device=X.device)
 
     def loss():

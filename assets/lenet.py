@@ -107,6 +107,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import shared
 
+    if WEIGHTS.exists():
+        shared.fail(f"{WEIGHTS} exists: new weights would make all numbers incomparable")
     config = shared.Protocol(device="cpu")
     net = train(shared.load_data(config, shared.setup(config)))
     torch.save(net.state_dict(), WEIGHTS)

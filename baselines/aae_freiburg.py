@@ -73,7 +73,7 @@ class Config(shared.Protocol):
     bn_momentum: float = option(0.1, "weight of a batch in the running statistics", low=0)
     sums: bool = option(True, "sum L_rec over batch and pixels (january), or its mean (head)")
     one_pass: bool = option(False, "all gradients from one pass (head), or in phases (january)")
-    rule: str = option("current", "balance by this batch, or by the last", ("current", "before"))
+    rule: str = option("current", "balance by this batch, or the previous", ("current", "before"))
     optimizer: str = option("adam", "of january; rmsprop: of head", ("adam", "rmsprop"))
     lr: float = option(2e-4, "learning rate for reconstruction (january; head: 5e-5)", low=1e-9)
     lr_D: float = option(2e-4, "of D (january; head: 5e-5)", low=1e-9)
@@ -149,7 +149,7 @@ def L_Q(D, z_fake):
 
 
 def balance(losses):
-    """Whether D and Q train after a batch with these losses; in the public code l_D is L_D / 2."""
+    """Whether D and Q train, by a batch's losses (--rule); in the public code l_D is L_D / 2."""
     l_D, l_Q = float(losses["L_D"]) / 2, float(losses["L_Q"])
     trains_D = l_Q < 0.95 or l_D > 0.45
     trains_Q = l_D < 0.95 or l_Q > 0.45
@@ -157,7 +157,7 @@ def balance(losses):
 
 
 def train_step(nets, opts, x, y, config, before):
-    """The three phases on x (B, X) of classes y (B, K); before: the losses of the last batch."""
+    """The three phases on x (B, X) of classes y (B, K); before: the previous batch's losses."""
     Q, P, D = nets["Q"], nets["P"], nets["D"]
 
     # Reconstruction

@@ -127,8 +127,8 @@ def train_step(nets, opts, x, config):
     z = sample_prior(x, config)  # (B, Z)
     with shared.products(config, x.device):
         z_fake = Q(x)  # with dropout, for the generator's phase
-    with torch.no_grad():
-        z_shown = Q.eval()(x)
+        with torch.no_grad():
+            z_shown = Q.eval()(x)
     Q.train()
     loss_D = L_D(D, z, z_shown)
     opts["D"].zero_grad()

@@ -63,7 +63,7 @@ class Config(shared.Protocol):
     lr_reg: float = option(0.0012, "for regularization (deviation 2)", low=1e-9)
     lr_sup: float = option(0.004, "for supervision (deviation 1)", low=1e-9)
     beta1: float = option(0.5, "β₁ of Adam (deviation 1)", low=0, high=1)
-    decay: float = option(0.5, "share of the training, at its end, with rates falling to 0", low=0)
+    decay: float = option(0.5, "last share of the training, with falling rates", low=0, high=1.01)
     precision: str = option("fp32", "of matrix products in training", ("fp32", "bf16"))
 
 

@@ -2,9 +2,9 @@
 
     python results/sweep.py step3_official_alae/sweeps/bf16_rules.yaml --workers 2
 
-`ours` is train_fc_alae.py's --precision bf16. `outputs-fp32` to `one-context` differ from it in one
-thing, `whole-step` in all that a plain autocast around train_step does; `rounded-weights` differs
-from `fp32` in one.
+`ours` is train_fc_alae.py's --precision bf16. `outputs-fp32`, `r1-fp32`, `F-D-bf16` and
+`one-context` differ from it in one thing, `whole-step` in all that a plain autocast around
+train_step does; `rounded-weights` differs from `fp32` in one.
 """
 
 import sys
@@ -41,7 +41,7 @@ class Config(alae.Config):
 
 
 class Rounded(alae.Linear):
-    """With its weight rounded to bf16, while it is trained; its gradient is that of no rounding."""
+    """alae.Linear with its weight rounded to bf16 in training; the gradient ignores this."""
 
     def forward(self, x):
         weight = self.weight
@@ -58,15 +58,16 @@ class Outputs32(nn.Sequential):
 
 
 def in_one_context(nets, opt_ED, opt_FG, x, config):
+    """train_step in a single autocast context: weights are cast once, before Step I."""
     with torch.autocast(x.device.type, torch.bfloat16):
         return train_step(nets, opt_ED, opt_FG, x, config)
 
 
 def L_adv_ED_fp32(D, E, x, x_fake, gamma):
-    """Its part of the data, R1's gradient with it, in fp32."""
+    """L_adv_ED with D(E(x)), and so R1, in fp32; D(E(x_fake)) stays in bf16."""
     E32 = shared.Float32(*E)
 
-    def encode(images):
+    def encode(images):  # x alone requires a gradient, for R1
         return E32(images) if images.requires_grad else E(images)
 
     return L_adv_ED(D, encode, x, x_fake, gamma)

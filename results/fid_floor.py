@@ -6,6 +6,7 @@
 test images.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -56,4 +57,6 @@ def main():
 
 
 if __name__ == "__main__":
+    how = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    argparse.ArgumentParser(description=__doc__, **how).parse_args()
     main()

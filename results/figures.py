@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "step3_official_alae"))
 from shared import ROOT, Protocol, fail, load_data
 
+import numpy as np
 import paper_table
 import table
 import torch
@@ -119,6 +120,39 @@ def clean(folder):
     return figure
 
 
+def official_length(folder):
+    """SVM on short features along the official setting, seed 0, with the lines that foretold it."""
+    found = {"": {}, "precision bf16": {}}  # {setting: {epochs: accuracy}}
+    for run in table.summaries(folder):
+        setting = run["setting"].partition(", --eval")[0]
+        where = run["experiment"], run["dataset"], run["split"], run["seed"]
+        known = setting in found and "eval/svm_acc_short" in run
+        if known and where == ("train_fc_alae", "mnist", "dw", 0):
+            found[setting][run["epochs"]] = run["eval/svm_acc_short"]
+    fp32, bf16 = found.values()
+    if len(fp32) < 2 or not bf16:
+        fail(f"no finished runs of sweeps/table1_fc_alae.yaml and official_length.yaml in {folder}")
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.add_subplot(xscale="log", xlabel="epochs", ylabel="SVM short, %")
+    axes.plot(list(fp32), list(fp32.values()), "o", label="fp32")
+    axes.plot(list(bf16), list(bf16.values()), "s", label="bf16")
+    until_200 = {**fp32, **{epochs: svm for epochs, svm in bf16.items() if epochs <= 200}}
+    for style, name, points in (("C0--", "fp32", fp32), ("k:", "all until 200 epochs", until_200)):
+        slope, offset = np.polyfit(np.log(list(points)), list(points.values()), 1)
+        at_400 = slope * np.log(400) + offset
+        epochs = np.array([min(points), 600])
+        label = f"line through {name}: {at_400:.1f} at 400"
+        axes.plot(epochs, slope * np.log(epochs) + offset, style, label=label)
+    paper = paper_table.PAPER["ALAE"][0][3]
+    axes.axhline(paper, color="0.5", linewidth=1, label=f"the paper: {paper}")
+    axes.set_xticks([20, 40, 100, 200, 400, 600], [20, 40, 100, 200, 400, 600])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    axes.set_title("The official setting (MNIST, dw, seed 0)", fontsize=11)
+    return figure
+
+
 def official_resampling(_):
     """What the official main branch makes of MNIST on its way to E, and of G's outputs."""
     data = load_data(Protocol(), torch.device("cpu"))
@@ -145,6 +179,7 @@ FIGURES = {
     "linear_ablation": linear_ablation,
     "gan_losses": gan_losses,
     "clean": clean,
+    "official_length": official_length,
 }
 
 
@@ -156,6 +191,8 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="+", **names)
     parser.add_argument("--runs", type=Path, help="a folder of runs (default: results)")
     options = parser.parse_args()
+    if options.runs and not options.runs.is_dir():
+        fail(f"--runs {options.runs}: no such folder")
     for name in options.names:
         figure = FIGURES[name](options.runs or ROOT / "results")
         path = (options.runs or ROOT / "assets") / f"{name}.png"

@@ -1,8 +1,11 @@
 """What raw pixels are worth to the classifiers of table 1, on MNIST.
 
-python results/raw_pixels.py    # writes results/raw_pixels.md
+    python results/raw_pixels.py    # writes results/raw_pixels.md
+
+On the official test images (dw) and on held-out training images (sw).
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -26,4 +29,6 @@ def main():
 
 
 if __name__ == "__main__":
+    how = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    argparse.ArgumentParser(description=__doc__, **how).parse_args()
     main()

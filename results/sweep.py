@@ -37,7 +37,12 @@ def expand(path):
     sweep = utils.load_sweep_config(str(path))
     if not isinstance(sweep, dict) or sweep.get("method") != "grid":
         fail(f"{path}: not a sweep file with 'method: grid'")
-    parameters = sweep["parameters"]
+    parameters = sweep.get("parameters")
+    if not parameters or "program" not in sweep:
+        fail(f"{path}: needs 'program' and 'parameters'")
+    for name, parameter in parameters.items():
+        if not {"value", "values"} & parameter.keys():
+            fail(f"{path}: parameter {name} needs 'value' or 'values'")
     choices = [p.get("values", [p.get("value")]) for p in parameters.values()]
     macros = {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [sweep["program"]]}
     commands = {}
@@ -123,6 +128,10 @@ def main(options):
     if options.dry:
         print("\n".join(shlex.join(command) for command in todo.values()))
         return
+    try:
+        options.out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot make {options.out_dir}: {error.strerror}; another --out-dir?")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // options.workers)))
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # python
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C

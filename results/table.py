@@ -93,7 +93,8 @@ def group(found):
     """Lists of runs that differ in the seed alone, the last one of each seed."""
     groups = {}
     for s in found:
-        key = s["dataset"], s["split"], s["experiment"], int(length(s).split()[0]), s["setting"]
+        trained = s.get("epochs", s.get("steps"))
+        key = s["dataset"], s["split"], s["experiment"], trained, s["setting"]
         groups.setdefault(key, {})[s["seed"]] = s
     return [list(runs.values()) for _, runs in sorted(groups.items())]
 

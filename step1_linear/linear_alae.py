@@ -20,9 +20,10 @@ II gives EᵀA = νG; Step III gives EG = I. Together EΣ = AE/ν. So the rows o
 Σ; there A = νΛ, E = Λ^(−½)Vᵀ whitens the data, and GE is the projector. R1 only stretches this:
 GᵀG = Λ(1 − 8γν), and EEᵀ is its inverse, as long as 8γν < 1; here 8γν is 0.2.
 
-Of these eigenspaces PCA's is the stable one in the linearised gradient flow. Let eᵢ turn by e, and
-gᵢ by g, from eigenvector i inside towards j outside. Then (ė, ġ) = ν (λᵢ(λⱼ e − g), λᵢ e − g),
-which dies out if λᵢ > λⱼ and λᵢλⱼ < 1. (Adam also arrives where λᵢλⱼ > 1: --preset unscaled.)
+Of these eigenspaces PCA's is the stable one in the linearised gradient flow. Let row eᵢ of E turn
+by e, and column gᵢ of G by g, from eigenvector i inside towards j outside. Then
+(ė, ġ) = ν (λᵢ(λⱼ e − g), λᵢ e − g), which dies out if λᵢ > λⱼ and λᵢλⱼ < 1. (Adam also arrives
+where λᵢλⱼ > 1: --preset unscaled.)
 
 On the way there an eigenvalue of BᵀB may fall to 0. There it stays, since B's gradient vanishes
 with B: on Fashion-MNIST D goes blind in a direction, and E misses one. Hence A = BᵀB + φνI: D sees

@@ -72,8 +72,8 @@ def orthonormality(C):
 def descend(loss, S, k, steps, every, eta, rho=0.0, exact=True, momentum=True, seed=0):
     """Gradient descent with step size eta from a random orthonormal C (d, k).
 
-    On loss + ρ‖CᵀC − I‖² or, if exact, on the loss with a QR after each step. Yields the step, C
-    and the seconds so far after so many steps, every time, and after the last.
+    On loss + ρ‖CᵀC − I‖² or, if exact, on the loss with a QR after each step. Yields (step, C,
+    seconds so far) after each `every` steps and after the last.
     """
     generator = torch.Generator().manual_seed(seed)
     C = torch.randn(len(S), k, dtype=S.dtype, generator=generator)
@@ -136,7 +136,8 @@ def solve(how, S, V, config):
 
 
 def measure(C, mean, data):
-    """MSEs are means over images and pixels, of reconstructions that are not clipped."""
+    """Of C (d, k): MSEs per pixel of reconstructions without clipping, training MSE over PCA's,
+    ‖CᵀC − I‖², and the largest angle to PCA's subspace in rad."""
     metrics = shared.pca.metrics(data, C.T, C, mean)
     found = {name: metrics[f"eval/{name}"] for name in ("mse_train", "mse_test", "ratio")}
     return found | {"orthonormality": orthonormality(C).item(), "angle": metrics["eval/angle_G"]}

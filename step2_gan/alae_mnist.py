@@ -61,7 +61,8 @@ class Config(shared.Protocol):
 
 class Linear(nn.Module):
     """Equalized learning rate (PGGAN, arXiv 1710.10196 §4.1): x (c ŵ)ᵀ + lrmul b, with
-    c = √2 lrmul/√fan_in. It scales x (B, fan_in), not ŵ: the same, and smaller."""
+    c = √2 lrmul/√fan_in. It scales x (B, fan_in) instead of ŵ: the same product, and x has
+    fewer numbers."""
 
     def __init__(self, fan_in, fan_out, lrmul=1.0):
         super().__init__()
@@ -156,6 +157,7 @@ def fixed_z(n, config, device):
 
 
 def evaluate(nets, data, config, full=False):
+    """Short features: E(x) (N, Z); long: the activations (N, H) before E's last layer."""
     F, G, E = nets["F"], nets["G"], nets["E"]
     long = [shared.chunked(E[:4], x) for x in (data.x_train, data.x_test)]
     short = [shared.chunked(E[4:], hidden) for hidden in long]

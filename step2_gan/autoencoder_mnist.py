@@ -123,6 +123,8 @@ def fitted_z(n, codes, config):
 
 
 def evaluate(nets, data, config, full=False):
+    """Short features: E(x) (N, Z); long: the activations (N, H) before E's last layer."""
+
     def G(z):
         return decode(nets, z, config)
 

@@ -158,7 +158,7 @@ def fixed_z(n, config, device):
 
 
 def evaluate(nets, data, config, full=False):
-    """The short features are E's logits (train_gan.py)."""
+    """Short features: E's logits (train_gan.py); long: the activations before its last layer."""
     settle(nets, data.x_train, config)
     nets.eval()
     G, E = nets["G"], nets["E"]

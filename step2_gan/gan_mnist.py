@@ -15,12 +15,12 @@ G minimises its own:
 Expect (20 epochs): LeNet-FID 7.1 (seed 0) and 22.2 (seed 1), each digit at least 7.9 % of samples.
 
 Deviations from the papers:
- 1. Adam 0.002, β = (0, 0.999), chosen in trials on val. R1 has 0.001, because of the training loss
-    of a run on DW; a run on val with it is kept (results/gan_mnist/val-r1-lr0.001.json). DCGAN
-    (1511.06434) has 2e-4, (0.5, 0.999); R1's paper RMSprop 1e-4. WGAN-GP has its paper's 1e-4 but
-    β₂ 0.999, not 0.9; no run at that rate is kept.
- 2. By default D has spectral normalization (1802.05957), which came after these losses; 0.002 was
-    chosen with it. The presets without it have 0.001, as sweeps/gan_losses.yaml, but for wgan-gp.
+ 1. Adam 0.002, β = (0, 0.999), chosen on val with spectral normalization. R1 has 0.001, because
+    of its training loss on DW (on val: results/gan_mnist/val-r1-lr0.001.json). WGAN-GP has its
+    paper's rate, 1e-4, but β₂ 0.999, not 0.9; no run at that rate is kept. In the papers: DCGAN
+    (1511.06434) Adam 2e-4, β = (0.5, 0.999); R1 RMSprop 1e-4.
+ 2. By default D has spectral normalization (1802.05957), which came after these losses. The presets
+    without it have 0.001, but for wgan-gp; so has sweeps/gan_losses.yaml.
  3. z ~ N(0, I) with 50 dimensions, as in the other files. G has batch norm, D has none: so
     each penalty depends on one image alone.
  4. Samples come from an average of G's weights, as in PGGAN and ALAE (--eval-weights raw).
@@ -205,7 +205,7 @@ def draw(run, data, config):
     run.nets.eval()
     G = run.nets["G"]
     z = fixed_z(100, config, data.x_test.device)
-    title = f"GAN ({config.preset}), epoch {run.epoch}"
+    title = f"GAN ({run.facts['setting'] or config.preset}), epoch {run.epoch}"
     run.picture("samples", shared.grid(data.images(G(z)), 10, f"{title}: samples"))
     t = torch.linspace(0, 1, 10, device=z.device)[:, None]
     between = data.images(G(z[:8, None].lerp(z[8:16, None], t).flatten(0, 1)))

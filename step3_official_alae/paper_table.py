@@ -38,6 +38,7 @@ METHODS = {  # (experiment, setting, what was measured): (the paper's row, ours)
     ("train_fc_alae", "precision bf16", "eval"): ("ALAE", "ALAE, official setting, bf16"),
     ("alae_mnist", "", "eval"): ("ALAE", "ALAE, from the paper's text"),
     ("train_fc_alae", "preset fast", "eval"): ("ALAE", "ALAE, preset fast"),
+    ("train_fc_alae", "preset fast, precision bf16", "eval"): ("ALAE", "ALAE, preset fast, bf16"),
     ("train_fc_alae", "preset signed", "eval"): ("ALAE", "ALAE, preset signed"),
     ("train_fc_alae", "preset long", "eval"): ("ALAE", "ALAE, preset long"),
     ("train_fc_alae", "", "pixels"): ("", "raw pixels"),
@@ -53,9 +54,10 @@ PAPER = {  # short and long features, of each of the COLUMNS
     "ALAE": ((93.79, 93.47, 94.59, 94.23), (97.61, 98.20, 97.47, 98.64)),
 }
 IMAGES = {"recon_mse": ("test MSE", 4), "identity": ("identity %", 1), "fid": ("LeNet-FID", 1)}
-DRAWN = "AE(l2)", "BiGAN", "ALAE"  # in clean.md
-NOT_IN_FRONT = "AE(l1)", "JLR", "ALAE, official setting"  # much as AE(l2), LR; bf16's is longer
-EPOCHS = 5, 10, 20, 25, 40, 50, 75, 100, 200, 400, 600
+DRAWN = "AE(l2)", "BiGAN", "ALAE"  # in clean.md and assets/clean.png
+# AE(l1) is much like AE(l2), JLR like LR; the official setting ran longer in bf16
+NOT_IN_FRONT = "AE(l1)", "JLR", "ALAE, official setting"
+EPOCHS = 5, 10, 20, 25, 40, 50, 75, 100, 200, 400, 600  # columns of clean.md
 
 
 def summaries(folder):
@@ -69,7 +71,7 @@ def summaries(folder):
             evaluated = re.search(r"--eval[= ](\S+)", summary["commands"][-1])
             if evaluated:  # no training of its own
                 summary["setting"] += f", --eval {Path(evaluated[1]).name}"
-            found.append(summary | {"rows": path.with_name(name)})
+            found.append(summary | {"metrics_csv": path.with_name(name)})
     return found
 
 
@@ -94,10 +96,12 @@ def mean_std(values, digits):
     return text
 
 
-def cell(runs, metric, digits=2):
-    """mean ± std over runs; – if none has the metric."""
+def cell(runs, metric, digits=2, with_std=True):
+    """mean ± std, or the mean alone, over the runs that have the metric; – if none has."""
     values = [run[metric] for run in runs if metric in run]
-    return mean_std(values, f".{digits}f") if values else "–"
+    if not values:
+        return "–"
+    return mean_std(values if with_std else [statistics.fmean(values)], f".{digits}f")
 
 
 def markdown(lines):
@@ -134,12 +138,6 @@ def full_table(groups):
     return text + table(groups, "long")
 
 
-def mean(runs, metric, digits):
-    """Over the runs that have the metric; – if none has."""
-    values = [run[metric] for run in runs if metric in run]
-    return f"{statistics.fmean(values):.{digits}f}" if values else "–"
-
-
 def front_table(groups):
     """front.md: means over the longest runs of a method, on DW; bold: the paper's or more."""
     head = ["DW", "epochs", "seeds", "1-NN short, paper", "ours", "SVM short, paper", "ours"]
@@ -152,11 +150,11 @@ def front_table(groups):
         line = [label, str(lengths[-1]), str(len(runs))]
         for place, kind in ((2, "knn"), (3, "svm")):
             published = f"{PAPER[paper][0][place]:.2f}" if paper else "–"
-            ours = mean(runs, f"{method[2]}/{kind}_acc_short", 2)
+            ours = cell(runs, f"{method[2]}/{kind}_acc_short", with_std=False)
             reached = paper and float(ours) >= float(published)
             line += [published, f"**{ours}**" if reached else ours]
         for metric, (_, digits) in IMAGES.items():
-            line.append(mean(runs, f"{method[2]}/{metric}", digits))
+            line.append(cell(runs, f"{method[2]}/{metric}", digits, with_std=False))
         lines.append(line)
     return markdown(lines)
 
@@ -170,7 +168,7 @@ def along(groups):
         for epochs, splits in groups[method].items():
             if "dw" in splits and paper in DRAWN:
                 run = splits["dw"][min(splits["dw"])]
-                rows = read_rows(run["rows"])
+                rows = read_rows(run["metrics_csv"])
                 if any("eval/fid" in row for row in rows.values()):
                     points = {}  # no shorter runs: their learning rate may fall sooner
                 points = rows | points | {epochs: run}
@@ -205,7 +203,7 @@ TABLES = {"front": front_table, "table": full_table, "clean": clean}
 def main(folder):
     groups = gather(folder or shared.ROOT / "results")
     if not any(groups.values()):
-        shared.fail(f"no finished run below {folder} whose setting is among METHODS")
+        shared.fail(f"no finished run below {folder or 'results'} whose setting is among METHODS")
     for name, make in TABLES.items():
         if folder:
             print(make(groups))

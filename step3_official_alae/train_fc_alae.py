@@ -81,15 +81,13 @@ class Config(shared.Protocol):
     epochs: int = option(20, "passes over the training images (mnist_fc.yaml: 600)", low=0)
     batch_size: int = option(128, "images per step (mnist_fc.yaml)", low=1)
     lr: float = option(0.002, "learning rate, constant (mnist_fc.yaml)", low=1e-9)
-    decay: float = option(0.0, "share of the training, at its end, with a falling lr (ours)", low=0)
-    lr_end: float = option(0.0, "the falling lr ends at this share (ours)", low=0)
+    decay: float = option(0.0, "share of the training with a falling lr (ours)", low=0, high=1.01)
+    lr_end: float = option(0.0, "the falling lr ends at this share (ours)", low=0, high=1.01)
     latent_dim: int = option(50, "dimension of z and of w (paper §6.1)", low=1)
     width: int = option(1024, "units of the hidden layers of E and G (paper §6.1)", low=1)
     gamma: float = option(10.0, "weight γ of R1 (paper, algorithm 1)", low=0)
     err_weight: float = option(1.0, "weight of L_err in Step III (algorithm 1: 1)", low=0)
-    ema: float = option(
-        10_000.0, "half-life, in images, of averaged weights (train_alae.py)", low=1
-    )
+    ema: float = option(10_000.0, "half-life of averaged weights, images (train_alae.py)", low=1)
     input_range: str = option("01", "pixels in [0, 1] (mnist_ref) or [−1, 1] (main)", ("01", "11"))
     slope: float = option(
         0.2, "leaky slope in G and on E's output (net.py; mnist_ref: 0.01)", low=0
@@ -265,6 +263,7 @@ def fixed_z(n, config, device):
 
 
 def evaluate(nets, data, config, full=False):
+    """Short features: E(x) (N, W); long: the activations (N, H) before E's last layer."""
     F, G, E = nets["F"], nets["G"], nets["E"]
     long = [shared.chunked(E[:4], to_x(x, config)) for x in (data.x_train, data.x_test)]
     short = [shared.chunked(E[4:], hidden) for hidden in long]

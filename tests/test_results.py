@@ -5,6 +5,7 @@ import fcntl
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -313,6 +314,32 @@ def test_what_is_no_sweep_file_is_refused(text, tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and "not a sweep file" in lines[-1]
     assert len(lines) == (1 if text else 2)  # W&B says that there is no file
+
+
+@pytest.mark.parametrize(
+    "text, fragment",
+    [
+        ('{"method": "grid", "program": "a.py"}', "needs 'program' and 'parameters'"),
+        ('{"method": "grid", "parameters": {"k": {"value": 1}}}', "needs 'program' and"),
+        (
+            '{"method": "grid", "program": "a.py", "parameters": {"k": {"min": 1, "max": 3}}}',
+            "parameter k needs 'value' or 'values'",
+        ),
+    ],
+)
+def test_a_sweep_file_that_lacks_something_is_refused(text, fragment, tmp_path, capsys):
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        sweep.expand(tmp_path / "study.yaml")
+    assert stop.value.code == 2 and fragment in capsys.readouterr().err
+
+
+def test_the_lines_that_foretold_the_official_length_are_those_of_the_page():
+    axes = figures.official_length(ROOT / "results").axes[0]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    page = (ROOT / "step3_official_alae/README.md").read_text()
+    fp32, until_200 = (re.search(r": (\S+) at 400", label)[1] for label in labels[2:4])
+    assert f"and {fp32} for 400" in page and f"foretold {until_200} for 400" in page
 
 
 def test_a_table_may_take_the_runs_of_one_study(monkeypatch, tmp_path):

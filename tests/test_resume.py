@@ -147,4 +147,4 @@ def test_what_may_not_be_said_beside_resume_and_a_trained_model(way, name, tmp_p
     argv = [f"--{way}", str(tmp_path / "c.pt"), f"--{name}={getattr(config, name)}"]
     with pytest.raises(SystemExit):
         shared.parse_config(module.Config, module.PRESETS, argv)
-    assert f"--{name}: leave it out" in capsys.readouterr().err
+    assert f"--{name.replace('_', '-')}: leave it out" in capsys.readouterr().err

@@ -64,6 +64,16 @@ def test_svm_is_the_optimum_of_liblinears_primal():
     assert found == pytest.approx(expected, abs=one_image)
 
 
+def test_svm_bears_large_features_that_depend_on_each_other():
+    (x, y), (x_test, y_test) = blobs(600, 0), blobs(2000, 1)
+    x, x_test = 1e4 * x, 1e4 * x_test
+    expected = classifiers.svm_accuracy(40**0.5 * x, y, 40**0.5 * x_test, y_test)
+    x, x_test = x.repeat(1, 40), x_test.repeat(1, 40)  # the same problem, of rank 20 in 800
+    X = torch.nn.functional.pad(x, (0, 1), value=1.0)
+    assert torch.linalg.cholesky_ex(torch.eye(801) + 0.04 * X.T @ X).info > 0
+    assert classifiers.svm_accuracy(x, y, x_test, y_test) == pytest.approx(expected, abs=1)
+
+
 def test_knn_against_all_distances():
     (x, y), (x_test, y_test) = blobs(300, 0), blobs(1100, 1)
     x, x_test = x + 1000, x_test + 1000  # far from the origin, where ‖a‖² − 2ab would lose digits

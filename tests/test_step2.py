@@ -238,7 +238,8 @@ def test_the_gan_is_evaluated_and_drawn_with_running_statistics(given, monkeypat
 
     images = []
     monkeypatch.setattr(shared, "grid", lambda shown, *_: images.append(shown))
-    gan.draw(SimpleNamespace(epoch=3, nets=nets, picture=lambda *_: None), data, config)
+    run = {"epoch": 3, "nets": nets, "facts": {"setting": ""}, "picture": lambda *_: None}
+    gan.draw(SimpleNamespace(**run), data, config)
     z = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(images[0].flatten(1), settled["G"](z))
     assert torch.get_rng_state().equal(random) and nets.training
@@ -572,11 +573,9 @@ def test_presets_are_losses_with_what_they_need():
     def parsed(*words):
         return shared.parse_config(gan.Config, gan.PRESETS, list(words))
 
-    default, r1, wgan = (
-        parsed(),
-        parsed("--preset", "r1", "--lr", "0.5"),
-        parsed("--preset=wgan-gp"),
-    )
+    default = parsed()
+    r1 = parsed("--preset", "r1", "--lr", "0.5")
+    wgan = parsed("--preset=wgan-gp")
     assert (default.loss, default.norm, default.lr) == ("non-saturating", "spectral", 0.002)
     assert (r1.loss, r1.norm, r1.lr) == ("r1", "none", 0.5)
     assert (wgan.loss, wgan.norm, wgan.lr) == ("wgan-gp", "none", 1e-4)
