@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import shared
 
+import fid_floor
 import pytest
 import torch
 import train_fc_alae as alae
@@ -348,3 +349,14 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint_whole(
         train(monkeypatch, alae, *how)
     path = tmp_path / "train_fc_alae/k/checkpoint.pt"
     assert shared.load_checkpoint(path, alae.Config)["epoch"] == 1
+
+
+def test_lenet_sees_the_true_digit_in_the_first_thirty_reconstructions_shown():
+    config, nets = fid_floor.trained_model()
+    data = shared.load_data(shared.Protocol(), torch.device("cpu"))
+    with torch.no_grad():
+        x_rec = alae.to_pixels(nets["G"](nets["E"](alae.to_x(data.x_test[:50], config))), config)
+        judge = shared.lenet.lenet(torch.device("cpu"))
+        digits = shared.lenet.judge(judge, data.images(x_rec)).argmax(1)
+    right = digits == data.y_test[:50]
+    assert right[:30].all() and right.sum() == 48
