@@ -5,6 +5,7 @@ import copy
 import shared
 
 import aae_pytorch as aae
+import benchmark
 import pytest
 import torch
 from conftest import assert_same, fake_run, prior_gap, record, size, state_of, toy_data, watch
@@ -76,6 +77,20 @@ def test_a_step_number_by_number(name, monkeypatch):
     expected["L_Q"] = descend(-D(Q(x)).sigmoid().log().mean(), Q.parameters(), lr_reg)
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(nets.state_dict(), by_hand.state_dict(), rtol=1e-7, atol=1e-9)
+
+
+def test_the_public_order_moves_the_nets_in_the_same_way(monkeypatch):
+    config = preset("readme")
+    nets, opts = start(config, torch.double)
+    for layer in nets.modules():
+        if isinstance(layer, nn.Dropout):  # the public code draws other masks
+            layer.p = 0.0
+    other = copy.deepcopy(nets)
+    x, z = torch.rand(8, 784).double(), torch.randn(8, 2).double()
+    monkeypatch.setattr(aae, "sample_prior", lambda *_: z)
+    aae.train_step(nets, opts, x, config)
+    benchmark.aae_public_step(other, aae.optimizers(other, config), x, config)
+    torch.testing.assert_close(nets.state_dict(), other.state_dict(), rtol=1e-7, atol=1e-9)
 
 
 def test_which_net_moves_in_which_phase():

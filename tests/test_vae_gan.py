@@ -2,6 +2,7 @@
 
 import shared
 
+import benchmark
 import pytest
 import torch
 import vae_gan
@@ -175,6 +176,26 @@ def test_each_net_gets_the_gradient_of_its_loss_alone():
             torch.testing.assert_close(step, gradient, rtol=1e-6, atol=1e-9 * scale)
         assert max(g.abs().max() for g in gradients) > 1e-3
     assert_same(counts, {name: v for name, v in nets.named_buffers() if "tracked" in name})
+
+
+def test_the_public_order_gives_the_same_gradients_while_the_nets_hardly_move(monkeypatch):
+    torch.manual_seed(0)
+    config, lr = configure(), 1e-10
+    nets = vae_gan.build(config, 1).double()
+    before = {name: value.clone() for name, value in nets.state_dict().items()}
+    x = torch.rand(6, 1, 32, 32).double() * 2 - 1
+    noise, z_p = torch.randn(2, 6, 3, dtype=torch.double)
+    found = []
+    for step in (vae_gan.train_step, benchmark.vae_gan_public_step):
+        nets.load_state_dict(before)
+        draws = iter((noise, z_p, noise))  # the public code draws twice for x̃
+        monkeypatch.setattr(torch, "randn_like", lambda _, draws=draws: next(draws))
+        step(nets, sgd(nets, lr), x, config)
+        found.append({name: (before[name] - p) / lr for name, p in nets.named_parameters()})
+    ours, public = found
+    for name, gradient in ours.items():
+        torch.testing.assert_close(public[name], gradient, rtol=1e-3, atol=1e-4)
+    assert max(gradient.abs().max() for gradient in ours.values()) > 0.1
 
 
 def test_a_vae_is_gaussian_in_the_pixels(monkeypatch):
