@@ -6,7 +6,7 @@
     python tests/benchmark.py vae_gan --public -- --width 1 --image-size 64
     python tests/benchmark.py aae_pytorch --public
     python tests/benchmark.py bigan_mnist --precisions # fp32 and bf16 in turns
-    python tests/benchmark.py aae_freiburg --profile   # what takes a step's time
+    python tests/benchmark.py --profile                # what takes a step's time, in %
     python tests/benchmark.py --scale                  # FC ALAE by batch size and width
     python tests/benchmark.py --waiting                # what waiting threads cost
 
@@ -22,6 +22,7 @@ import csv
 import importlib
 import itertools
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -50,7 +51,12 @@ WAITING = {
     "GOMP_SPINCOUNT=3000": {"GOMP_SPINCOUNT": "3000"},
 }
 
-
+KINDS = {  # of operations, by their names in PyTorch's profiler
+    "products, convolutions": "mm$|conv",
+    "casts, copies": "copy_$",
+    "optimizers, averages": "adam|Optimizer|lerp|_foreach",
+    "batch norm": "batch_norm",
+}
 SCALE = {"batch-size": (64, 128, 256, 512, 1024, 2048, 4096), "width": (256, 512, 1024, 2048, 4096)}
 
 
@@ -149,7 +155,7 @@ def benchmark(name, steps, options):
 
 
 def profile_steps(name, steps, options):
-    """The operations that take the most time of a step, in ms, and how often each is called."""
+    """What a step's time goes to: shares of KINDS, and the operations that lead the rest."""
     done = []
     profiler = torch.profiler.profile()
 
@@ -164,12 +170,15 @@ def profile_steps(name, steps, options):
     shared.Run.step = step
     with contextlib.suppress(Enough):
         run_main(name, options)
-    averages = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in averages)
-    print(f"{name} {' '.join(options)}: {total / 1e3 / steps:.1f} ms")
-    for event in averages[:12]:
-        ms, calls = event.self_cpu_time_total / 1e3 / steps, event.count / steps
-        print(f"{ms:8.2f} ms {calls:6.0f} times  {event.key}", flush=True)
+    us = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    total, cells = sum(us.values()), []
+    for pattern in KINDS.values():
+        of_this_kind = [key for key in us if re.search(pattern, key)]
+        cells.append(f"{100 * sum(us.pop(key) for key in of_this_kind) / total:.0f}")
+    leading = sorted(us, key=us.get, reverse=True)[:3]
+    cells += [", ".join(f"{key.split('::')[-1]} {100 * us[key] / total:.0f}" for key in leading)]
+    words = " ".join([name, *options])
+    print(f"| {words} | {total / 1e3 / steps:.0f} | {' | '.join(cells)} |", flush=True)
 
 
 def compare_precisions(name, steps, options):
@@ -374,6 +383,8 @@ if __name__ == "__main__":
         for name in names:
             compare_with_public_order(name, args.steps, options)
     elif args.profile:
+        print(f"| experiment | ms | {' | '.join(KINDS)} | of the rest, most |")
+        print("|---" * (3 + len(KINDS)) + "|")
         for name in names:
             profile_steps(name, args.steps, options)
     elif args.precisions:
