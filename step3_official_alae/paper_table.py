@@ -55,8 +55,8 @@ PAPER = {  # short and long features, of each of the COLUMNS
 }
 IMAGES = {"recon_mse": ("test MSE", 4), "identity": ("identity %", 1), "fid": ("LeNet-FID", 1)}
 DRAWN = "AE(l2)", "BiGAN", "ALAE"  # in clean.md and assets/clean.png
-# AE(l1) is much like AE(l2), JLR like LR; the official setting ran longer in bf16
-NOT_IN_FRONT = "AE(l1)", "JLR", "ALAE, official setting"
+# AE(l1) is much like AE(l2), JLR like LR, fast in bf16 like fast; official ran longer in bf16
+NOT_IN_FRONT = "AE(l1)", "JLR", "ALAE, official setting", "ALAE, preset fast, bf16"
 EPOCHS = 5, 10, 20, 25, 40, 50, 75, 100, 200, 400, 600  # columns of clean.md
 
 
