@@ -10,7 +10,7 @@ tells x from x̃ and from samples x_p = Dec(z_p):
     Algorithm 1: Enc minimises L_prior + γ_E L_llike, Dec γ L_llike − L_GAN, Dis L_GAN, at once.
 
     python baselines/vae_gan.py                  # small nets on a CPU, the published on a GPU
-    python baselines/vae_gan.py --epochs 30 --precision bf16    # the run in the pictures
+    python baselines/vae_gan.py --epochs 30 --eval-every 5 --precision bf16    # in the pictures
     python baselines/vae_gan.py --method vae     # a VAE with the same Enc and Dec, to compare
     python baselines/vae_gan.py --width 1 --image-size 64 --epochs 25    # all of rishabhd786's
 

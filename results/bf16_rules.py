@@ -28,7 +28,7 @@ PRESETS = {
     "outputs-fp32": BF16,  # the last layers of G and E in fp32, too
     "r1-fp32": BF16,  # D(E(x)) and its gradient in fp32, too
     "F-D-bf16": BF16,  # F and D in bf16, their outputs in fp32
-    "one-context": BF16,  # weights are cast once, before Step I, although they move
+    "one-context": BF16,  # each weight's first cast is kept to the step's end, although it moves
     "whole-step": BF16,  # one context, and F, D and the losses in bf16
     "rounded-weights": alae.FAST,  # products in fp32, of weights of G and E rounded to bf16
 }
@@ -58,7 +58,7 @@ class Outputs32(nn.Sequential):
 
 
 def in_one_context(nets, opt_ED, opt_FG, x, config):
-    """train_step in a single autocast context: weights are cast once, before Step I."""
+    """train_step in one autocast context, which keeps each weight's first cast until its end."""
     with torch.autocast(x.device.type, torch.bfloat16):
         return train_step(nets, opt_ED, opt_FG, x, config)
 

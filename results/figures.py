@@ -131,7 +131,7 @@ def official_length(folder):
             found[setting][run["epochs"]] = run["eval/svm_acc_short"]
     fp32, bf16 = found.values()
     if len(fp32) < 2 or not bf16:
-        fail(f"no finished runs of sweeps/table1_fc_alae.yaml and official_length.yaml in {folder}")
+        fail(f"{folder}: needs runs of the official setting, two lengths in fp32 and one in bf16")
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.add_subplot(xscale="log", xlabel="epochs", ylabel="SVM short, %")
     axes.plot(list(fp32), list(fp32.values()), "o", label="fp32")

@@ -38,10 +38,10 @@ def expand(path):
     if not isinstance(sweep, dict) or sweep.get("method") != "grid":
         fail(f"{path}: not a sweep file with 'method: grid'")
     parameters = sweep.get("parameters")
-    if not parameters or "program" not in sweep:
+    if not isinstance(parameters, dict) or not parameters or "program" not in sweep:
         fail(f"{path}: needs 'program' and 'parameters'")
     for name, parameter in parameters.items():
-        if not {"value", "values"} & parameter.keys():
+        if not isinstance(parameter, dict) or not {"value", "values"} & parameter.keys():
             fail(f"{path}: parameter {name} needs 'value' or 'values'")
     choices = [p.get("values", [p.get("value")]) for p in parameters.values()]
     macros = {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [sweep["program"]]}

@@ -325,6 +325,7 @@ def test_what_is_no_sweep_file_is_refused(text, tmp_path, capsys):
             '{"method": "grid", "program": "a.py", "parameters": {"k": {"min": 1, "max": 3}}}',
             "parameter k needs 'value' or 'values'",
         ),
+        ('{"method": "grid", "program": "a.py", "parameters": {"k": 40}}', "parameter k needs"),
     ],
 )
 def test_a_sweep_file_that_lacks_something_is_refused(text, fragment, tmp_path, capsys):
