@@ -460,7 +460,7 @@ class Run:
         self.rows[-1] |= metrics
         write_file(self.dir / "metrics.csv", self._write_rows)
         self._summarize("running")
-        self._mirror(lambda w: w.log(metrics, step=self.epoch))
+        self._mirror(lambda web: web.log(metrics, step=self.epoch))
 
     def _write_rows(self, path):
         with open(path, "w", newline="") as file:
@@ -498,7 +498,7 @@ class Run:
         """A matplotlib figure as <name>.png."""
         path = self.dir / f"{name}.png"
         write_file(path, lambda temporary: figure.savefig(temporary, dpi=150, bbox_inches="tight"))
-        self._mirror(lambda w: w.log({f"media/{name}": self.image(str(path))}, step=self.epoch))
+        self._mirror(lambda web: web.log({f"media/{name}": self.image(str(path))}, step=self.epoch))
 
     def _summarize(self, status):
         self.history["wall_s"] = round(time.time() - self.start, 1)
@@ -518,8 +518,8 @@ class Run:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self._summarize(status)
-        self._mirror(lambda w: w.summary.update(self.summary))
-        self._mirror(lambda w: w.finish(exit_code=code))
+        self._mirror(lambda web: web.summary.update(self.summary))
+        self._mirror(lambda web: web.finish(exit_code=code))
         if message:
             fail(f"{status}: {message}", code)
 

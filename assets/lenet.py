@@ -1,6 +1,6 @@
 """LeNet, the judge of MNIST's reconstructions and samples: identity and LeNet-FID.
 
-    python assets/lenet.py              # trains it: assets/lenet.pt
+    python assets/lenet.py              # trains it, where there is no assets/lenet.pt
 
 The committed weights were made once. They are not made again: new ones would make all
 identities and LeNet-FIDs incomparable. Right on 99.44 % of the test images.

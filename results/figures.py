@@ -124,10 +124,9 @@ def official_length(folder):
     """SVM on short features along the official setting, seed 0, with the lines that foretold it."""
     found = {"": {}, "precision bf16": {}}  # {setting: {epochs: accuracy}}
     for run in table.summaries(folder):
-        setting = run["setting"].partition(", --eval")[0]
         where = run["experiment"], run["dataset"], run["split"], run["seed"]
-        known = setting in found and "eval/svm_acc_short" in run
-        if known and where == ("train_fc_alae", "mnist", "dw", 0):
+        setting = run["setting"].partition(", --eval")[0]
+        if where == ("train_fc_alae", "mnist", "dw", 0) and setting in found:
             found[setting][run["epochs"]] = run["eval/svm_acc_short"]
     fp32, bf16 = found.values()
     if len(fp32) < 2 or not bf16:
@@ -136,8 +135,9 @@ def official_length(folder):
     axes = figure.add_subplot(xscale="log", xlabel="epochs", ylabel="SVM short, %")
     axes.plot(list(fp32), list(fp32.values()), "o", label="fp32")
     axes.plot(list(bf16), list(bf16.values()), "s", label="bf16")
-    until_200 = {**fp32, **{epochs: svm for epochs, svm in bf16.items() if epochs <= 200}}
-    for style, name, points in (("C0--", "fp32", fp32), ("k:", "all until 200 epochs", until_200)):
+    until_200 = fp32 | {epochs: svm for epochs, svm in bf16.items() if epochs <= 200}
+    lines = {"fp32": (fp32, "C0--"), "all until 200 epochs": (until_200, "k:")}
+    for name, (points, style) in lines.items():
         slope, offset = np.polyfit(np.log(list(points)), list(points.values()), 1)
         at_400 = slope * np.log(400) + offset
         epochs = np.array([min(points), 600])
