@@ -126,8 +126,7 @@ def official_length(folder):
     for run in table.summaries(folder):
         where = run["experiment"], run["dataset"], run["split"], run["seed"]
         setting = run["setting"].partition(", --eval")[0]
-        trained = setting in found and run["epochs"] > 0
-        if where == ("train_fc_alae", "mnist", "dw", 0) and trained:
+        if where == ("train_fc_alae", "mnist", "dw", 0) and setting in found and run["epochs"]:
             found[setting][run["epochs"]] = run["eval/svm_acc_short"]
     fp32, bf16 = found.values()
     if len(fp32) < 2 or not bf16:
