@@ -56,8 +56,8 @@ PAPER = {  # short and long features, of each of the COLUMNS
 }
 IMAGES = {"recon_mse": ("test MSE", 4), "identity": ("identity %", 1), "fid": ("LeNet-FID", 1)}
 DRAWN = "AE(l2)", "BiGAN", "ALAE"  # in clean.md and assets/clean.png
-# AE(l1) is much like AE(l2), JLR like LR, fast in bf16 like fast; official ran longer in bf16, and
-# signed as long
+# AE(l1) is much like AE(l2), JLR like LR, fast in bf16 like fast, signed like long; the official
+# setting ran longer in bf16
 NOT_IN_FRONT = (
     "AE(l1)",
     "JLR",
