@@ -43,7 +43,7 @@ DATASETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR
 OF_THE_MACHINE = {"device", "data_dir", "out_dir", "run_name", "wandb", "resume", "eval"}
 BESIDE_RESUME = {"resume", "epochs", "device", "data_dir", "wandb"}  # allowed beside --resume
 BESIDE_EVAL = OF_THE_MACHINE | {"dataset", "split", "smoke", "eval_weights"}
-NO_SETTING = OF_THE_MACHINE | {"epochs", "eval_every", "seed", "dataset", "split"}
+NO_SETTING = OF_THE_MACHINE | {"epochs", "eval_every", "seed", "dataset", "split", "model"}
 
 
 def fail(message, code=2):

@@ -12,6 +12,7 @@ from conftest import FC_ALAE, ROOT, launch
 from PIL import Image
 
 GAN, LINEAR = "step2_gan/gan_mnist.py", "step1_linear/linear_alae.py"
+REFIT = "step3_official_alae/refit_encoder.py"
 CASES = [
     (FC_ALAE, ["--nonsense"], "--nonsense"),
     (FC_ALAE, ["--split", "test"], "--split"),
@@ -41,6 +42,9 @@ CASES = [
     (FC_ALAE, ["--resume", "{tmp}/preset.pt"], "not of this version"),
     (FC_ALAE, ["--eval", "{root}/assets/fc_alae.pt", "--lr", "1"], "--lr: leave it out"),
     (LINEAR, ["--smoke", "--k", "784"], "spans 624 dimensions"),
+    (REFIT, ["--model", "{tmp}/nothing.pt"], "cannot be read"),
+    (REFIT, ["--model", "{tmp}/other.pt"], "no model.pt of train_fc_alae.py"),
+    (REFIT, ["--split", "val"], "--split: leave it out"),
 ]
 
 

@@ -1,0 +1,119 @@
+"""E alone against a finished G: its loss, the descent, and the model that comes of it."""
+
+import json
+
+import shared
+
+import pytest
+import refit_encoder as refit
+import torch
+import train_fc_alae as alae
+from conftest import FC_ALAE, ROOT, assert_same, toy_data, watch
+from torch import nn
+
+FILE = "step3_official_alae/refit_encoder.py"
+
+
+def config_of(**options):
+    config = refit.Config(**options)
+    config.alae = alae.Config(latent_dim=3, width=8)
+    return config
+
+
+@pytest.mark.parametrize("options", alae.PRESETS.values(), ids=alae.PRESETS)
+def test_the_nets_are_those_of_train_fc_alae(options):
+    torch.manual_seed(0)
+    config = alae.Config(**options)
+    theirs, ours = alae.build(config, 784), refit.build(config, 784)
+    for name in ours:
+        ours[name].load_state_dict(theirs[name].state_dict())
+    w, x = torch.randn(5, 50), torch.rand(5, 784)
+    for name, argument in {"F": w, "G": w, "E": x}.items():
+        assert ours[name](argument).equal(theirs[name](argument)), name
+
+
+def test_a_step_moves_E_alone_and_its_loss_is_that_of_the_docstring():
+    torch.manual_seed(0)
+    config = config_of(noise=0.0)
+    nets = refit.build(config.alae, 6)
+    optimizer = torch.optim.Adam(nets["E"].parameters(), 0.01)
+    notes, z = watch(nets, E=optimizer), torch.randn(7, 3)
+    w = nets["F"](z)
+    expected = (w - nets["E"](nets["G"](w))).square().sum() / (7 * 3)
+    loss = refit.train_step(nets, optimizer, z, config)["L_err_E"]
+    torch.testing.assert_close(loss, expected.detach())
+    assert notes == [("E", {"E"})]
+
+
+def test_the_noise_is_in_standard_deviations_of_the_codes():
+    torch.manual_seed(0)
+    F, z = nn.Linear(3, 3).requires_grad_(False), torch.randn(40_000, 3)
+    noise = refit.noisy_codes(F, z, 0.5) - F(z)
+    assert noise.std().item() == pytest.approx(0.5 * F(z).std().item(), rel=0.02)
+    assert refit.noisy_codes(F, z, 0.0).equal(F(z))
+
+
+def test_the_descent_finds_what_G_can_draw_and_leaves_G_alone():
+    torch.manual_seed(0)
+    G = nn.Linear(3, 6).requires_grad_(False)
+    weight, w = G.weight.clone(), torch.randn(4, 3)
+    start = w + 1
+    found = refit.descend(G, start, G(w), config_of(descent_steps=500))
+    torch.testing.assert_close(found, w, atol=1e-3, rtol=0)
+    assert G.weight.equal(weight) and start.equal(w + 1)
+    alone = refit.descend(G, start[:1], G(w)[:1], config_of(descent_steps=7))
+    both = refit.descend(G, start, G(w), config_of(descent_steps=7))
+    torch.testing.assert_close(alone, both[:1])  # each image by itself
+
+
+def keep_all(monkeypatch):
+    """What the instruments are given: {"images", "short", "long": a list of their arguments}."""
+    given = {"images": [], "short": [], "long": []}
+
+    def image_metrics(data, *images):
+        given["images"].append(images)
+        return {}
+
+    def code_metrics(data, train, test, kind, full=True):
+        given[kind].append((train, test))
+        return {}
+
+    monkeypatch.setattr(shared, "image_metrics", image_metrics)
+    monkeypatch.setattr(shared, "code_metrics", code_metrics)
+    return given
+
+
+@pytest.mark.parametrize("input_range", ["01", "11"])
+def test_it_measures_what_train_fc_alae_measures(input_range, monkeypatch):
+    torch.manual_seed(0)
+    theirs = alae.Config(input_range=input_range, width=8)
+    nets, data = alae.build(theirs, 784), toy_data()
+    config = refit.Config()
+    config.alae = theirs
+    given = keep_all(monkeypatch)
+    alae.evaluate(nets, data, theirs, full=True)
+    refit.evaluate(nets, data, config, full=True)
+    for kind in ("images", "short", "long"):
+        assert_same(given[kind][1], given[kind][0])
+
+
+def test_the_new_model_is_evaluated_by_train_fc_alae_and_keeps_the_old_E(
+    finished, few_images, here, tmp_path
+):
+    folder = finished("refit_encoder")
+    before = torch.load(ROOT / "assets/fc_alae.pt", weights_only=True)
+    after = torch.load(folder / "alae.pt", weights_only=True)
+    for name in ("F", "G"):
+        assert all(after[name][key].equal(before[name][key]) for key in before[name])
+    old = before.get("E_as_trained", before["E"])
+    assert all(after["E_as_trained"][key].equal(old[key]) for key in old)
+    assert not after["E"]["0.weight"].equal(old["0.weight"].float())
+    assert after["history"]["commands"][-1].startswith(f"python {FILE}")
+    assert len(after["history"]["commands"]) == len(before["history"]["commands"]) + 1
+
+    done = here(FC_ALAE, "--eval", folder / "alae.pt", "--smoke", "--out-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((folder / "summary.json").read_text())
+    printed = dict(line.split()[:2] for line in done.stdout.splitlines() if "eval/" in line)
+    for metric in ("eval/recon_mse", "eval/identity", "eval/fid"):
+        assert float(printed[metric]) == pytest.approx(summary[metric], rel=1e-3)
