@@ -4,17 +4,18 @@ ALAE trains E to invert G on codes w = F(z) alone, and images of the data are no
 
     Descent. Does G draw the test images x at all? From w = E(x), Adam minimises ‖x − G(w)‖² for
              each of 1,000 test images. Only a test of G: nothing is learned from it.
-    Refit.   E goes on alone, on codes with noise, so that it sees more images than the G(F(z)):
+    Refit.   E goes on alone, on generated images x = G(w). Their codes w have noise, so that E sees
+             more than the G(F(z)):
 
-                 E  minimises  ‖w − E(G(w))‖²,    w = F(z) + σ s ε,    z, ε ~ N(0, I)
+                 w = F(z) + σ s ε,    z, ε ~ N(0, I),    s: the standard deviation of F(z)
+                 E  minimises  ‖x − G(E(x))‖²                           (--loss image)
+                 or            ‖w − E(x)‖², as Step III of ALAE has it  (--loss latent)
 
-             where s is the standard deviation of F(z). No image of the data, no pixels and no
-             critic take part.
+             No image of the data and no critic take part.
 
 Neither is in the paper or in the official code.
 
     python step3_official_alae/refit_encoder.py --model runs/train_fc_alae/NAME/model.pt
-    python step3_official_alae/refit_encoder.py --noise 0              # codes without noise
     python step3_official_alae/train_fc_alae.py --eval runs/refit_encoder/NAME/alae.pt
 
 `alae.pt` is the model with its new E, and with the old one, where a second refit begins. Metrics
@@ -39,7 +40,8 @@ from torch import nn
 class Config(shared.Protocol):
     model: str = option("", "model.pt; in its path {seed} is --seed (default: assets/fc_alae.pt)")
     trained: str = option("", "the model's preset: read from it")
-    epochs: int = option(20, "passes over as many codes as there are training images", low=0)
+    loss: str = option("image", "compare images, or codes as ALAE does", ("image", "latent"))
+    epochs: int = option(10, "passes over as many codes as there are training images", low=0)
     batch_size: int = option(128, "codes per step", low=1)
     lr: float = option(0.001, "Adam's rate at the start, falling to 0", low=1e-9)
     noise: float = option(0.5, "σ: noise on w, in standard deviations of w", low=0)
@@ -94,16 +96,19 @@ def noisy_codes(F, z, sigma):
 
 
 def train_step(nets, optimizer, z, config):
-    """E minimises ‖w − E(G(w))‖², mean over the codes w of z (B, W) and their dimensions."""
+    """A step of E on the images x (B, X) of codes w (B, W) that come from z (B, W)."""
+    F, G, E = nets["F"], nets["G"], nets["E"]
     with shared.products(config, z.device):
         with torch.no_grad():
-            w = noisy_codes(nets["F"], z, config.noise)
-            x = nets["G"](w)
-        loss = (w - shared.fp32(nets["E"](x))).square().mean()
+            w = noisy_codes(F, z, config.noise)
+            x = shared.fp32(G(w))
+        w_rec = shared.fp32(E(x))
+        error = w - w_rec if config.loss == "latent" else x - shared.fp32(G(w_rec))
+    loss = error.square().sum(1).mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return {"L_err_E": loss.detach()}
+    return {"L_E": loss.detach()}
 
 
 def descend(G, w, x, config):
