@@ -40,6 +40,7 @@ METHODS = {  # (experiment, setting, what was measured): (the paper's row, ours)
     ("train_fc_alae", "preset fast", "eval"): ("ALAE", "ALAE, preset fast"),
     ("train_fc_alae", "preset fast, precision bf16", "eval"): ("ALAE", "ALAE, preset fast, bf16"),
     ("train_fc_alae", "preset clean", "eval"): ("ALAE", "ALAE, preset clean"),
+    ("refit_encoder", "trained clean", "eval"): ("ALAE", "ALAE, preset clean, then E alone"),
     ("train_fc_alae", "preset signed", "eval"): ("ALAE", "ALAE, preset signed"),
     ("train_fc_alae", "preset long", "eval"): ("ALAE", "ALAE, preset long"),
     ("train_fc_alae", "", "pixels"): ("", "raw pixels"),
@@ -56,12 +57,13 @@ PAPER = {  # short and long features, of each of the COLUMNS
 }
 IMAGES = {"recon_mse": ("test MSE", 4), "identity": ("identity %", 1), "fid": ("LeNet-FID", 1)}
 DRAWN = "AE(l2)", "BiGAN", "ALAE"  # in clean.md and assets/clean.png
-# AE(l1) is much like AE(l2), JLR like LR, fast in bf16 like fast, signed like long; the official
+# AE(l1) is much like AE(l2), JLR like LR, signed like long; clean followed fast; the official
 # setting ran longer in bf16
 NOT_IN_FRONT = (
     "AE(l1)",
     "JLR",
     "ALAE, official setting",
+    "ALAE, preset fast",
     "ALAE, preset fast, bf16",
     "ALAE, preset signed",
 )
@@ -174,7 +176,7 @@ def along(groups):
     for method, (paper, label) in METHODS.items():
         points = {}
         for epochs, splits in groups[method].items():
-            if "dw" in splits and paper in DRAWN:
+            if "dw" in splits and paper in DRAWN and method[0] != "refit_encoder":
                 run = splits["dw"][min(splits["dw"])]
                 rows = read_rows(run["metrics_csv"])
                 if any("eval/fid" in row for row in rows.values()):

@@ -325,7 +325,7 @@ def test_the_committed_model_is_as_good_as_the_readme_says(here, tmp_path, monke
     done = here(FC_ALAE, "--eval", ROOT / "assets/fc_alae.pt", "--smoke", "--out-dir", tmp_path)
     assert done.returncode == 0, done.stderr
     found = dict(line.split()[:2] for line in done.stdout.splitlines() if line.startswith("eval/"))
-    assert float(found["eval/identity"]) > 94 and float(found["eval/recon_mse"]) < 0.022
+    assert float(found["eval/identity"]) > 97 and float(found["eval/recon_mse"]) < 0.013
 
 
 def test_a_kill_while_saving_leaves_the_previous_checkpoint_whole(
@@ -351,12 +351,11 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint_whole(
     assert shared.load_checkpoint(path, alae.Config)["epoch"] == 1
 
 
-def test_lenet_sees_the_true_digit_in_the_first_thirty_reconstructions_shown():
+def test_lenet_sees_the_true_digit_in_all_reconstructions_shown():
     config, nets = fid_floor.trained_model()
     data = shared.load_data(shared.Protocol(), torch.device("cpu"))
     with torch.no_grad():
         x_rec = alae.to_pixels(nets["G"](nets["E"](alae.to_x(data.x_test[:50], config))), config)
         judge = shared.lenet.lenet(torch.device("cpu"))
         digits = shared.lenet.judge(judge, data.images(x_rec)).argmax(1)
-    right = digits == data.y_test[:50]
-    assert right[:30].all() and right.sum() == 48
+    assert digits.equal(data.y_test[:50])
