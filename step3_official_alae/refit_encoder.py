@@ -3,7 +3,7 @@
 ALAE trains E to invert G on codes w = F(z) alone, and images of the data are not quite G(F(z)).
 
     Descent. Does G draw the test images x at all? From w = E(x), Adam minimises ‖x − G(w)‖² for
-             each of 1,000 test images. Only a test of G: nothing is learned from it.
+             each x of a tenth of them. Only a test of G: nothing is learned from it.
     Refit.   E goes on alone, on generated images x = G(w). Their codes w have noise, so that E sees
              more than the G(F(z)):
 
@@ -18,8 +18,10 @@ Neither is in the paper or in the official code.
     python step3_official_alae/refit_encoder.py --model runs/train_fc_alae/NAME/model.pt
     python step3_official_alae/train_fc_alae.py --eval runs/refit_encoder/NAME/alae.pt
 
+Expect (preset clean, seed 0, test images): identity 98.2 %, 94.5 % as trained, 99.0 % by descent.
+
 `alae.pt` is the model with its new E, and with the old one, where a second refit begins. Metrics
-under "as trained" are those of the old E, metrics under "descent" those of 1,000 test images.
+"as trained" are those of the old E, metrics of the "descent" those of a tenth of the test images.
 """
 
 import copy
@@ -153,11 +155,18 @@ def under(name, metrics):
 
 
 def first_images(nets, data, config):
-    """The first test images, pixels (1000, X), as E reconstructs them and as the descent does."""
-    G, x = nets["G"], to_x(data.x_test[:1000], config)
+    """A tenth of the test images, pixels (n, X), as E reconstructs them and as the descent does."""
+    G, x = nets["G"], to_x(data.x_test[: len(data.x_test) // 10], config)
     w = shared.chunked(nets["E"], x)
     x_descent = shared.chunked(G, descend(G, w, x, config))
     return to_pixels(shared.chunked(G, w), config), to_pixels(x_descent, config)
+
+
+def descent_metrics(data, x_descent):
+    """Of the first test images, as many as x_descent (n, X) has."""
+    n = len(x_descent)
+    y = None if data.y_test is None else data.y_test[:n]
+    return shared.image_metrics(data._replace(x_test=data.x_test[:n], y_test=y), x_descent)
 
 
 @torch.no_grad()
@@ -194,7 +203,7 @@ def main(config):
     for name in ("F", "G"):
         nets[name].load_state_dict(saved[name])
         nets[name].requires_grad_(False)
-    as_trained = evaluate(nets, data, config, full=True)
+    as_trained = evaluate(nets, data, config, full=not config.smoke)
     x_before, x_descent = first_images(nets, data, config)
     optimizer = torch.optim.Adam(nets["E"].parameters(), config.lr, fused=True)
     parts = {"nets": nets, "optimizer": optimizer}
@@ -213,8 +222,7 @@ def main(config):
         run.save(parts)
     metrics = evaluate(run.nets, data, config, full=True)
     metrics |= under("as trained", as_trained)  # its own
-    some = data._replace(x_test=data.x_test[:1000], y_test=data.y_test[:1000])  # its own
-    metrics |= under("descent", shared.image_metrics(some, x_descent))  # its own
+    metrics |= under("descent", descent_metrics(data, x_descent))  # its own
     draw(run, data, config, x_before, x_descent)  # its own
     save_alae(run, saved, trained)  # its own
     run.finish(metrics)
