@@ -37,6 +37,10 @@ from shared import option
 import torch
 from torch import nn
 
+# Options of train_fc_alae.py that are used here
+OF_ALAE = {"dataset", "split", "preset", "latent_dim", "width", "slope", "mapping"}
+OF_ALAE |= {"mapping_layers", "output", "input_range"}
+
 
 @dataclass
 class Config(shared.Protocol):
@@ -63,8 +67,8 @@ def load_alae(config):
         experiment, options = saved["experiment"], SimpleNamespace(**saved["config"])
     except Exception as error:  # torch.load raises many kinds
         shared.fail(f"--model {path}: cannot be read ({type(error).__name__})")
-    if experiment != "train_fc_alae" or "E" not in saved:
-        shared.fail(f"--model {path}: is no model.pt of train_fc_alae.py")
+    if experiment != "train_fc_alae" or "E" not in saved or OF_ALAE - vars(options).keys():
+        shared.fail(f"--model {path}: is no model.pt of train_fc_alae.py, or of an older version")
     for name in ("dataset", "split"):
         if getattr(config, name) not in (getattr(Config, name), getattr(options, name)):
             shared.fail(f"--{name}: leave it out, the model has its own")

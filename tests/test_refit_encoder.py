@@ -119,3 +119,12 @@ def test_the_new_model_is_evaluated_by_train_fc_alae_and_keeps_the_old_E(
     printed = dict(line.split()[:2] for line in done.stdout.splitlines() if "eval/" in line)
     for metric in ("eval/recon_mse", "eval/identity", "eval/fid"):
         assert float(printed[metric]) == pytest.approx(summary[metric], rel=1e-3)
+
+
+def test_a_model_of_an_older_version_is_refused_in_a_line(here, tmp_path):
+    saved = torch.load(ROOT / "assets/fc_alae.pt", weights_only=True)
+    del saved["config"]["width"]
+    torch.save(saved, tmp_path / "model.pt")
+    done = here(FILE, "--model", tmp_path / "model.pt", "--out-dir", tmp_path / "runs")
+    assert done.returncode == 2 and "older version" in done.stderr
+    assert not (tmp_path / "runs").exists()
