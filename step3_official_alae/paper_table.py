@@ -176,7 +176,8 @@ def along(groups):
     for method, (paper, label) in METHODS.items():
         points = {}
         for epochs, splits in groups[method].items():
-            if "dw" in splits and paper in DRAWN and method[0] != "refit_encoder":
+            refitted = method[0] == "refit_encoder"  # its epochs are of E alone
+            if "dw" in splits and paper in DRAWN and not refitted:
                 run = splits["dw"][min(splits["dw"])]
                 rows = read_rows(run["metrics_csv"])
                 if any("eval/fid" in row for row in rows.values()):

@@ -188,12 +188,12 @@ def draw(run, data, config, x_before, x_descent):
     run.picture("comparison", shared.grid(data.images(rows), 10, title, names))
 
 
-def save_alae(run, saved, trained):
+def save_alae(run, saved, old_E):
     """The whole model with its new E as alae.pt, for train_fc_alae.py --eval."""
     history = copy.deepcopy(saved["history"])
     for name in ("commands", "commits"):
         history[name] += run.history[name]
-    whole = saved | {"history": history, "E_as_trained": trained, "E": run.nets["E"].state_dict()}
+    whole = saved | {"history": history, "E_as_trained": old_E, "E": run.nets["E"].state_dict()}
     shared.write_file(run.dir / "alae.pt", lambda path: torch.save(whole, path))
 
 
@@ -202,8 +202,8 @@ def main(config):
     saved = load_alae(config)
     data = shared.load_data(config, device)
     nets = build(config.alae, data.x_train.shape[1]).to(device)
-    trained = saved.get("E_as_trained", saved["E"])
-    nets["E"].load_state_dict(trained)
+    old_E = saved.get("E_as_trained", saved["E"])
+    nets["E"].load_state_dict(old_E)
     for name in ("F", "G"):
         nets[name].load_state_dict(saved[name])
         nets[name].requires_grad_(False)
@@ -228,7 +228,7 @@ def main(config):
     metrics |= under("as trained", as_trained)  # its own
     metrics |= under("descent", descent_metrics(data, x_descent))  # its own
     draw(run, data, config, x_before, x_descent)  # its own
-    save_alae(run, saved, trained)  # its own
+    save_alae(run, saved, old_E)  # its own
     run.finish(metrics)
 
 
