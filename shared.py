@@ -26,7 +26,7 @@ from typing import NamedTuple
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "2000"
 
-from assets import classifiers, lenet, pca, prior  # noqa: F401 (for the experiments)
+from assets import batch_norm, classifiers, lenet, pca, prior  # noqa: F401 (for the experiments)
 from assets.classifiers import code_metrics  # noqa: F401
 from assets.lenet import image_metrics  # noqa: F401
 

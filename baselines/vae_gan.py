@@ -24,7 +24,8 @@ Deviations from the paper (P) and the public code, R: github.com/rishabhd786/VAE
     Here, as in algorithm 1, one pass serves all three, and no weight moves before its last use.
  3. R: Dis ends in a sigmoid; here softplus(−l) = −log σ(l) of its logit l.
  4. R enlarges images bilinearly, here bicubically.
- 5. All that is drawn and measured has batch norm's running statistics; R stays in training mode.
+ 5. R draws in training mode, where an image depends on its batch; here with batch norm's mean
+    statistics over 64 batches of the same kind: of training images, of their μ, or of z_p.
  6. --method vae: p(x | z) = N(Dec(z), I) of pixels in [−1, 1]: ½‖x − x̃‖² + KL per image.
 """
 
@@ -61,7 +62,6 @@ class Config(shared.Protocol):
     alpha: float = option(0.99, "RMSprop's α (PyTorch's, R; not R's alpha)", low=0, high=1)
     gamma: float = option(15.0, "weight γ of L_llike in Dec's loss (R)", low=0)
     gamma_enc: float = option(5.0, "weight of L_llike in Enc's loss (R; paper: 1)", low=0)
-    bn_momentum: float = option(0.9, "a batch's share in running statistics (R)", low=0)
     precision: str = option("fp32", "of matrix products in training", ("fp32", "bf16"))
 
 
@@ -77,19 +77,19 @@ class Heads(nn.ModuleDict):
 
 def build(config, C):
     """Enc, Dec and, but for a VAE, Dis = (layers up to Dis_l, the rest up to the logit)."""
-    Z, s, momentum = config.latent_dim, config.image_size // 8, config.bn_momentum
+    Z, s = config.latent_dim, config.image_size // 8
     sizes = [max(1, round(config.width * n)) for n in (32, 64, 128, 256, 512, 2048)]
     n32, n64, n128, n256, n512, n2048 = sizes
     leaky = nn.LeakyReLU(0.2, inplace=True)
 
     def dense(a, b):
-        return [nn.Linear(a, b), nn.BatchNorm1d(b, momentum=momentum), leaky]
+        return [nn.Linear(a, b), nn.BatchNorm1d(b), leaky]
 
     def down(a, b):  # half the side
-        return [nn.Conv2d(a, b, 5, 2, 2), nn.BatchNorm2d(b, momentum=momentum), leaky]
+        return [nn.Conv2d(a, b, 5, 2, 2), nn.BatchNorm2d(b), leaky]
 
     def up(a, b):  # twice the side
-        return [nn.ConvTranspose2d(a, b, 6, 2, 2), nn.BatchNorm2d(b, momentum=momentum), leaky]
+        return [nn.ConvTranspose2d(a, b, 6, 2, 2), nn.BatchNorm2d(b), leaky]
 
     Enc = nn.Sequential(
         *down(C, n64),
@@ -227,33 +227,43 @@ def fixed_z(n, config, device):
     return torch.randn(n, config.latent_dim, generator=generator).to(device)
 
 
+def settled(nets, data, config):
+    """Copies of Enc, and of Dec for μ and for z_p, as they are evaluated (deviation 5)."""
+    B = config.batch_size
+    x = data.x_train[: B * min(64, len(data.x_train) // B)]
+    images = [to_x(part, data, config) for part in x.split(B)]
+    Enc = shared.batch_norm.settled(nets["Enc"], images)
+    mu = encode(Enc, x, data, config)[1]
+    Dec = shared.batch_norm.settled(nets["Dec"], mu.split(B))
+    Dec_p = shared.batch_norm.settled(nets["Dec"], fixed_z(len(x), config, x.device).split(B))
+    return Enc, Dec, Dec_p
+
+
 def evaluate(nets, data, config, full=False):
     """The short features are μ; fid_floor is what enlarging and reducing do to test images."""
-    nets.eval()
-    Enc, Dec = nets["Enc"], nets["Dec"]
+    Enc, Dec, Dec_p = settled(nets, data, config)
     hidden_train, mu_train = encode(Enc, data.x_train, data, config)
     hidden_test, mu_test = encode(Enc, data.x_test, data, config)
     z = fixed_z(len(data.x_test), config, mu_test.device)
-    metrics = shared.image_metrics(data, decode(Dec, mu_test, data), decode(Dec, z, data))
+    metrics = shared.image_metrics(data, decode(Dec, mu_test, data), decode(Dec_p, z, data))
     metrics |= shared.code_metrics(data, mu_train, mu_test, "short", full)
     if full:
         metrics |= shared.code_metrics(data, hidden_train, hidden_test, "long")
         resized = decode(nn.Identity(), to_x(data.x_test, data, config), data)
         floor = shared.image_metrics(data, x_fake=resized)
         metrics |= {f"{name}_floor": value for name, value in floor.items()}
-    nets.train()
     return metrics
 
 
-def arithmetic(nets, data, config):
+def arithmetic(Enc, Dec, data, config):
     """Images (·, X), names of rows: x of class a, Dec(μ), Dec(μ + mean code of b − that of a)."""
-    codes = encode(nets["Enc"], data.x_train, data, config)[1]
+    codes = encode(Enc, data.x_train, data, config)[1]
     rows, names = [], []
     for a, b in ((3, 8), (4, 9), (7, 1), (0, 6)):
         x = data.x_test[data.y_test == a][:10]
-        mu = encode(nets["Enc"], x, data, config)[1]
+        mu = encode(Enc, x, data, config)[1]
         way = codes[data.y_train == b].mean(0) - codes[data.y_train == a].mean(0)
-        rows += [x, decode(nets["Dec"], mu, data), decode(nets["Dec"], mu + way, data)]
+        rows += [x, decode(Dec, mu, data), decode(Dec, mu + way, data)]
         names += ["x", "Dec(μ)", f"{a} → {b}"]
     return torch.cat(rows), names
 
@@ -271,21 +281,20 @@ def means_of_20(losses, before):
 
 def draw(run, data, config):
     """Samples and reconstructions; at the end latent arithmetic, and losses by iteration."""
-    nets = run.nets.eval()
+    Enc, Dec, Dec_p = settled(run.nets, data, config)
     title = f"{'VAE' if config.method == 'vae' else 'VAE-GAN'}, epoch {run.epoch}"
     z, x = fixed_z(100, config, data.x_test.device), data.x_test[:50]
-    samples = data.images(decode(nets["Dec"], z, data))
+    samples = data.images(decode(Dec_p, z, data))
     run.picture("samples", shared.grid(samples, 10, f"{title}: samples"))
-    x_rec = data.images(decode(nets["Dec"], encode(nets["Enc"], x, data, config)[1], data))
+    x_rec = data.images(decode(Dec, encode(Enc, x, data, config)[1], data))
     run.picture("reconstructions", shared.pairs(data.images(x), x_rec, f"{title}: x and Dec(μ)"))
     if data.y_train is not None and run.epoch == config.epochs:
-        rows, names = arithmetic(nets, data, config)
+        rows, names = arithmetic(Enc, Dec, data, config)
         what = f"{title}: μ moved by the difference of two classes' mean codes"
         run.picture("arithmetic", shared.grid(data.images(rows), 10, what, names))
     if len(run.history.get("losses", [])) > 1 and run.epoch == config.epochs:
         what = f"{title}: means of 20 iterations"
         run.picture("losses", shared.curves(run.history["losses"], "iteration", what))
-    run.nets.train()
 
 
 def main(config):

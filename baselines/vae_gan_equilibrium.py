@@ -29,6 +29,8 @@ Deviations from the public code as of its last commits of main.py and network.py
     with x.
  5. With --gan-reconstruction x̃ joins the second pass; the rule still looks at x and x_p.
  6. Reconstructions in pictures and metrics are Dec(μ); there Dec(z) of a z ~ N(μ, diag s²).
+ 7. What is drawn and measured has batch norm's mean statistics over 64 batches of its own kind: of
+    training images, of their μ, of z_p; there running ones with momentum 0.9.
 """
 
 import sys
@@ -49,6 +51,7 @@ LEARNS = {"lr": 3e-4, "lr_decay": 1.0, "gamma_enc": 10.0, "lambda_mse": 1e-2}
 PRESETS = {
     "published": {},
     "learns": LEARNS,
+    "clean": LEARNS | {"epochs": 8, "lr_decay": 0.75, "gan_reconstruction": True},
     # published, one thing changed
     "rate": {"lr": 3e-4},  # main.py's (deviation 3)
     "no-decay": {"lr_decay": 1.0},  # an epoch of CelebA is as long as three of MNIST
@@ -56,10 +59,8 @@ PRESETS = {
     "gamma": {"gamma_enc": 10.0},  # few features weigh little against L_prior
     "lambda": {"lambda_mse": 1e-2},  # at 1e-6 Dec sees L_GAN alone
     "no-rule": {"margin": 0.0},  # with the rule Dis rests in most steps
-    "momentum": {"bn_momentum": 0.1},  # of batch norm, as PyTorch has it
     "init": {"init": "pytorch"},
     "joint": {"joint": True},
-    # learns, at the rate of published
     "learns-rate": LEARNS | {"lr": 1e-4},
 }
 
@@ -80,7 +81,6 @@ class Config(shared.Protocol):
     lr_decay: float = option(0.75, "factor of the rate from epoch to epoch", low=0)
     alpha: float = option(0.9, "RMSprop's α (its README's alpha is our λ)", low=0, high=1)
     clip: float = option(0.0, "clips gradients to ±this (its README: 1, unused); 0: not", low=0)
-    bn_momentum: float = option(0.9, "a batch's share in batch norm's running statistics", low=0)
     gamma_enc: float = option(1.0, "γ_E: weight of L_llike in Enc's loss", low=0)
     lambda_mse: float = option(1e-6, "λ: weight of L_llike in Dec's loss", low=0)
     margin: float = option(0.35, "of the equilibrium rule; 0: both always train", low=0)
@@ -102,20 +102,19 @@ class Heads(nn.ModuleDict):
 
 def build(config, C):
     """Enc, Dec and Dis = (layers up to Dis_l, the rest up to the logit)."""
-    Z, s, momentum = config.latent_dim, config.image_size // 8, config.bn_momentum
+    Z, s = config.latent_dim, config.image_size // 8
     sizes = [max(1, round(config.width * n)) for n in (32, 64, 128, 256, 512, 1024)]
     n32, n64, n128, n256, n512, n1024 = sizes
     relu = nn.ReLU(inplace=True)
 
     def dense(a, b):
-        return [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b, momentum=momentum), relu]
+        return [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), relu]
 
     def down(a, b):  # half the side
-        return [nn.Conv2d(a, b, 5, 2, 2, bias=False), nn.BatchNorm2d(b, momentum=momentum), relu]
+        return [nn.Conv2d(a, b, 5, 2, 2, bias=False), nn.BatchNorm2d(b), relu]
 
     def up(a, b):  # twice the side
-        conv = nn.ConvTranspose2d(a, b, 5, 2, 2, 1, bias=False)
-        return [conv, nn.BatchNorm2d(b, momentum=momentum), relu]
+        return [nn.ConvTranspose2d(a, b, 5, 2, 2, 1, bias=False), nn.BatchNorm2d(b), relu]
 
     Enc = nn.Sequential(
         *down(C, n64),
@@ -271,31 +270,40 @@ def fixed_z(n, config, device):
     return torch.randn(n, config.latent_dim, generator=generator).to(device)
 
 
+def settled(nets, data, config):
+    """Copies of Enc, and of Dec for μ and for z_p, as they are evaluated (deviation 7)."""
+    B = config.batch_size
+    x = data.x_train[: B * min(64, len(data.x_train) // B)]
+    images = [to_x(part, data, config) for part in x.split(B)]
+    Enc = shared.batch_norm.settled(nets["Enc"], images)
+    mu = encode(Enc, x, data, config)[1]
+    Dec = shared.batch_norm.settled(nets["Dec"], mu.split(B))
+    Dec_p = shared.batch_norm.settled(nets["Dec"], fixed_z(len(x), config, x.device).split(B))
+    return Enc, Dec, Dec_p
+
+
 def evaluate(nets, data, config, full=False):
     """The short features are μ."""
-    nets.eval()
-    Enc, Dec = nets["Enc"], nets["Dec"]
+    Enc, Dec, Dec_p = settled(nets, data, config)
     hidden_train, mu_train = encode(Enc, data.x_train, data, config)
     hidden_test, mu_test = encode(Enc, data.x_test, data, config)
     z = fixed_z(len(data.x_test), config, mu_test.device)
-    metrics = shared.image_metrics(data, decode(Dec, mu_test, data), decode(Dec, z, data))
+    metrics = shared.image_metrics(data, decode(Dec, mu_test, data), decode(Dec_p, z, data))
     metrics |= shared.code_metrics(data, mu_train, mu_test, "short", full)
     if full:
         metrics |= shared.code_metrics(data, hidden_train, hidden_test, "long")
-    nets.train()
     return metrics
 
 
 def draw(run, data, config):
     """Samples and reconstructions."""
-    nets = run.nets.eval()
+    Enc, Dec, Dec_p = settled(run.nets, data, config)
     title = f"VAE-GAN with equilibrium, {config.preset}, epoch {run.epoch}"
     z, x = fixed_z(100, config, data.x_test.device), data.x_test[:50]
-    samples = data.images(decode(nets["Dec"], z, data))
+    samples = data.images(decode(Dec_p, z, data))
     run.picture("samples", shared.grid(samples, 10, f"{title}: samples"))
-    x_rec = data.images(decode(nets["Dec"], encode(nets["Enc"], x, data, config)[1], data))
+    x_rec = data.images(decode(Dec, encode(Enc, x, data, config)[1], data))
     run.picture("reconstructions", shared.pairs(data.images(x), x_rec, f"{title}: x and Dec(μ)"))
-    run.nets.train()
 
 
 def main(config):

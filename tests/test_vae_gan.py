@@ -63,17 +63,15 @@ def test_sizes(C, more):
     public = 35_112_064, 5_834_753, 10_953_409
     sizes = [sum(p.numel() for p in net.parameters()) for net in nets.values()]
     assert sizes == [size + extra for size, extra in zip(public, more, strict=True)]
-    assert {m.momentum for m in nets.modules() if hasattr(m, "momentum")} == {0.9}
     assert isinstance(nets["Dis"][0][-1], nn.LeakyReLU)  # features after batch norm
 
 
 @pytest.mark.parametrize("size", (32, 64))
 def test_width_and_image_size(size):
-    config = configure(width=0.125, image_size=size, bn_momentum=0.2)
+    config = configure(width=0.125, image_size=size)
     nets, x = vae_gan.build(config, 3), torch.rand(2, 3, size, size)
     assert nets["Dec"](nets["Enc"](x)[0]).shape == x.shape and nets["Dis"](x).shape == (2, 1)
     assert nets["Enc"][0].out_channels == 8 and nets["Dis"][0][0].out_channels == 4
-    assert {m.momentum for m in nets.modules() if hasattr(m, "momentum")} == {0.2}
 
 
 def test_initial_weights():

@@ -45,7 +45,6 @@ def test_sizes_are_those_of_the_public_code():
         nets = equilibrium.build(config, 3)
     sizes = [sum(p.numel() for p in net.parameters()) for net in nets.values()]
     assert sizes == [18_071_360, 4_693_155, 10_953_857]
-    assert {m.momentum for m in nets.modules() if hasattr(m, "momentum")} == {0.9}
     fourth = nets["Dis"][0][-1]
     assert isinstance(fourth, nn.Conv2d) and fourth.bias is None  # features before batch norm
     features = nets["Dis"][0](torch.empty(2, 3, 64, 64, device="meta"))
@@ -54,11 +53,10 @@ def test_sizes_are_those_of_the_public_code():
 
 @pytest.mark.parametrize("size", (32, 64))
 def test_width_and_image_size(size):
-    config = configure(width=0.125, image_size=size, bn_momentum=0.2)
+    config = configure(width=0.125, image_size=size)
     nets, x = equilibrium.build(config, 3), torch.rand(2, 3, size, size)
     assert nets["Dec"](nets["Enc"](x)[0]).shape == x.shape and nets["Dis"](x).shape == (2, 1)
     assert nets["Enc"][0].out_channels == 8 and nets["Dis"][0][0].out_channels == 4
-    assert {m.momentum for m in nets.modules() if hasattr(m, "momentum")} == {0.2}
 
 
 def test_initial_weights_are_uniform_and_a_root_of_three_below_pytorchs():
