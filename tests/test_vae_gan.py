@@ -250,6 +250,28 @@ def test_losses_are_kept_by_iteration():
 # Evaluation
 
 
+def assert_settled(module, config):
+    """Enc has the mean statistics of training images, one Dec those of their μ, one those of z_p:
+    of as many batches of 64 as there are among 300 images."""
+    torch.manual_seed(0)
+    nets, data = module.build(config, 1), toy_data()
+    Enc, Dec, Dec_p = module.settled(nets, data, config)
+    assert nets.training and not any(net.training for net in (Enc, Dec, Dec_p))
+    x = module.to_x(data.x_train[:256], data, config)
+    z = torch.randn(256, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for net, given in ((Enc, x), (Dec, Enc(x)[0]), (Dec_p, z)):
+            first = (
+                net[0](given).unflatten(0, (4, 64)).transpose(1, 2).flatten(2)
+            )  # (4, channels, ·)
+            torch.testing.assert_close(net[1].running_mean, first.mean(2).mean(0))
+            torch.testing.assert_close(net[1].running_var, first.var(2).mean(0))
+
+
+def test_evaluation_has_statistics_of_batches_of_one_kind():
+    assert_settled(vae_gan, configure())
+
+
 @pytest.fixture
 def small():
     """Nets after a step, and toy data."""
@@ -274,13 +296,13 @@ def test_what_evaluate_measures(small, monkeypatch):
         x = interpolate(x, (28, 28), mode="bicubic", antialias=True).clamp(-1, 1)
         return (x.flatten(1) + 1) / 2
 
-    Enc, Dec = nets.eval()["Enc"], nets["Dec"]
+    Enc, Dec, Dec_p = vae_gan.settled(nets, data, config)
     z = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         train, test = enlarged(data.x_train), enlarged(data.x_test)
         (x_rec, x_fake), (none, resized) = given["images"]
         torch.testing.assert_close(x_rec, pixels(Dec(Enc(test)[0])))
-        torch.testing.assert_close(x_fake, pixels(Dec(z)))
+        torch.testing.assert_close(x_fake, pixels(Dec_p(z)))
         torch.testing.assert_close(resized, pixels(test))  # the floor
         assert none is None
         torch.testing.assert_close(given["short"][0], Enc(train)[0])
@@ -324,7 +346,7 @@ def test_latent_arithmetic_moves_from_class_to_class(monkeypatch):
 
     monkeypatch.setattr(vae_gan, "encode", encode)
     monkeypatch.setattr(vae_gan, "decode", lambda Dec, z, _: z)
-    images, names = vae_gan.arithmetic({"Enc": None, "Dec": None}, data, configure())
+    images, names = vae_gan.arithmetic(None, None, data, configure())
     rows = images.unflatten(0, (-1, 10))
     assert len(rows) == len(names) == 12
     for i, (a, b) in enumerate(((3, 8), (4, 9), (7, 1), (0, 6))):

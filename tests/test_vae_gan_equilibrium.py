@@ -12,7 +12,7 @@ import vae_gan
 import vae_gan_equilibrium as equilibrium
 from conftest import assert_same, fake_run, record, state_of, toy_data, train
 from PIL import Image
-from test_vae_gan import sgd
+from test_vae_gan import assert_settled, sgd
 from torch import nn
 from torch.autograd import grad
 from torch.distributions import Normal, kl_divergence
@@ -311,6 +311,10 @@ def test_a_folder_of_pictures(name, monkeypatch, tmp_path, few_images):
 # Evaluation
 
 
+def test_evaluation_has_statistics_of_batches_of_one_kind():
+    assert_settled(equilibrium, configure())
+
+
 def test_what_evaluate_measures_and_draw_shows(monkeypatch):
     torch.manual_seed(0)
     config, data = configure(epochs=1), toy_data()
@@ -331,12 +335,12 @@ def test_what_evaluate_measures_and_draw_shows(monkeypatch):
         x = interpolate(x, (28, 28), mode="bicubic", antialias=True).clamp(-1, 1)
         return (x.flatten(1) + 1) / 2
 
-    Enc, Dec = nets.eval()["Enc"], nets["Dec"]
+    Enc, Dec, Dec_p = equilibrium.settled(nets, data, config)
     with torch.no_grad():
         train, test = enlarged(data.x_train), enlarged(data.x_test)
         z = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
         x_rec, x_fake = given["images"][0]
         torch.testing.assert_close(x_rec, pixels(Dec(Enc(test)[0])))
-        torch.testing.assert_close(x_fake, pixels(Dec(z)))
+        torch.testing.assert_close(x_fake, pixels(Dec_p(z)))
         torch.testing.assert_close(given["short"], (Enc(train)[0], Enc(test)[0]))
         torch.testing.assert_close(given["long"], (Enc[:-1](train), Enc[:-1](test)))
