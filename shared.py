@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent
 DATASETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 OF_THE_MACHINE = {"device", "data_dir", "out_dir", "run_name", "wandb", "resume", "eval"}
 BESIDE_RESUME = {"resume", "epochs", "device", "data_dir", "wandb"}  # allowed beside --resume
-BESIDE_EVAL = OF_THE_MACHINE | {"dataset", "split", "smoke", "eval_weights"}
+BESIDE_EVAL = OF_THE_MACHINE | {"dataset", "split", "smoke", "eval_weights"}  # beside --eval
 NO_SETTING = OF_THE_MACHINE | {"epochs", "eval_every", "seed", "dataset", "split", "model"}
 
 
@@ -105,7 +105,7 @@ def parse_config(Config, presets=None, argv=None):
         beside = BESIDE_RESUME if "resume" in given else BESIDE_EVAL
         if "random" not in checkpoint:  # a model.pt: one kind of weights
             beside = beside - {"eval_weights"}
-        if defaults.get("decay"):  # the learning rate falls towards the last epoch
+        if defaults.get("decay"):  # where there are epochs: the rate falls towards the last
             beside = beside - {"epochs"}
         for name in sorted(given.keys() - beside):
             fail(f"--{name.replace('_', '-')}: leave it out, {path} has its own")
@@ -149,8 +149,8 @@ def setup(config):
     if config.smoke and hasattr(config, "steps"):
         config.steps, config.eval_every = min(config.steps, 60), 20
     if platform.libc_ver()[0] == "glibc":  # keeps freed tensors: no page faults in the inner loop
-        for threshold in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(threshold, 1 << 30)
+        for name, bits in ((-1, 30), (-3, 25), (-3, 30)):  # M_TRIM_, M_MMAP_THRESHOLD, old and new
+            ctypes.CDLL(None).mallopt(name, 1 << bits)
     torch.set_float32_matmul_precision(fastest_exact_matmul(device))
     torch.backends.cudnn.allow_tf32 = False  # nor do a GPU's convolutions lose accuracy
     return device
@@ -275,7 +275,7 @@ def read_pictures(folder, size, limit):
     return x[..., :1] if (x == x[..., :1]).all() else x
 
 
-@lru_cache(1)
+@lru_cache(1)  # step_batches asks for the same epoch at every step
 def batches(x, batch_size, seed, epoch):
     """An epoch's shuffled batches of indices (steps, batch_size), the last partial one left out."""
     generator = torch.Generator(x.device).manual_seed(1_000_003 * seed + epoch)
@@ -341,7 +341,8 @@ class Run:
             except OSError as error:
                 fail(f"cannot make {self.dir}: {error.strerror}; another --run-name or --out-dir?")
         self.rows = self.history["rows"]
-        config.run_name, self.start = self.dir.name, time.time() - self.history["wall_s"]
+        self.start = time.time() - self.history["wall_s"]
+        config.run_name = self.dir.name
         self.facts = self._facts(device)
         self.wandb = self._start_wandb() if config.wandb else None
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -401,7 +402,7 @@ class Run:
         self.bar = tqdm(desc=self.file.stem, mininterval=1 if sys.stderr.isatty() else 30, **how)
         for before in range(self.epoch, self.total, every):
             self.epoch = min(before + every, self.total)
-            self.untimed = min(3, (self.epoch - before) * self.epoch_steps - 1)  # first steps
+            self.untimed = min(3, (self.epoch - before) * self.epoch_steps - 1)  # warm-up
             self.sums, self.step_in_epoch = {}, 0
             self.begin, self.timed = time.perf_counter(), 0
             yield self.epoch
@@ -464,7 +465,7 @@ class Run:
 
     def _write_rows(self, path):
         with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(ChainMap(*reversed(self.rows))))
+            writer = csv.DictWriter(file, list(ChainMap(*reversed(self.rows))))  # all their names
             writer.writeheader()
             writer.writerows(self.rows)
 
@@ -489,9 +490,8 @@ class Run:
             self.picture("curves", curves(self.rows, self.unit, self.dir.name))
         self.save(self.nets, "model.pt")
         self._end("done")
-        for name, value in self.rows[-1].items():
-            if name in metrics or name.startswith("perf/"):
-                print(f"{name:24s} {value:10.4g}")
+        for name, value in metrics.items():
+            print(f"{name:24s} {value:10.4g}")
         print(f"{self.dir}: {len(list(self.dir.glob('*.png')))} pictures")
 
     def picture(self, name, figure):

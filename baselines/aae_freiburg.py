@@ -292,16 +292,18 @@ def animate(run, data, config):
     y = given_labels(data, config)[1]
     time = torch.linspace(-3, 3, 10)
     axis = torch.linspace(-1.8, 1.8, 5)
-    zero = torch.zeros(1)
     z = torch.cartesian_prod(time, axis, axis, axis, axis)
     z = z[:, [0, 1, 3, 2, 4]]  # z₂ and z₃ place a block of 25 images, z₄ and z₅ an image in it
     movie(run, "grid", avg_pool2d(decode(run, data, z, y[:1]), 2), 10)
-    z = torch.cat([torch.cartesian_prod(time, axis, axis, zero, zero).roll(i, 1) for i in range(5)])
+    z = torch.cat(
+        [torch.cartesian_prod(time, axis, axis, axis[2:3], axis[2:3]).roll(i, 1) for i in range(5)]
+    )
     movie(run, "dimensions", decode(run, data, z, y[:1]), 50)
     if config.labels:
-        t = torch.arange(10 * y.shape[1] - 9) / 10  # at 0, 1, 2, … a class is reached
-        i, classes = t.long(), torch.eye(y.shape[1] + 1)[:, :-1]
-        way = torch.lerp(classes[i], classes[i + 1], (math.pi / 2 * t.frac()).sin()[:, None])
+        K = y.shape[1]
+        t = torch.arange(10 * (K - 1) + 1) / 10  # at 0, 1, 2, … a class is reached
+        i, classes = t.long().clamp(max=K - 2), torch.eye(K)
+        way = torch.lerp(classes[i], classes[i + 1], (math.pi / 2 * (t - i)).sin()[:, None])
         z = 3 * torch.rand(25, config.latent_dim, generator=torch.Generator().manual_seed(0)) - 1.5
         images = decode(run, data, z.repeat(len(t), 1), way.repeat_interleave(25, 0).to(y))
         movie(run, "style", images, len(t))

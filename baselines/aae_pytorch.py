@@ -79,7 +79,7 @@ def build(config, X):
         nn.Linear(1000, X),
     ]
     if not config.relu_P:
-        del P[5]
+        del P[5]  # of linear, dropout, ReLU, linear, dropout, ReLU, linear
     D = [
         *layer(Z, 1000, config.dropout_D),
         *layer(1000, 1000, config.dropout_D),
@@ -153,6 +153,7 @@ def optimizers(nets, config):
 
 
 def evaluate(nets, data, config, full=False):
+    """Short features: Q(x) (N, Z); long: the activations (N, H) before Q's last layer."""
     nets.eval()
     Q, P = nets["Q"], nets["P"]
     long = [shared.chunked(Q[:-1], x) for x in (data.x_train, data.x_test)]

@@ -19,7 +19,7 @@ the training image which is surest to belong to it.
 
 Expect (test images, seeds 0 to 2): error 3.44 ± 0.21 % with 100 labels, 2.34 ± 0.15 % with 1000.
 
-Deviations from the paper, whose appendix with the details could not be read again:
+Deviations from the paper (details of its appendix are from memory):
  1. Adam with β₁ = 0.5 instead of SGD with momentum, and learning rates that fall linearly to 0 over
     the second half (--decay): the paper trains for thousands of epochs. Rates were compared on
     val in short trials that are not kept, after test errors of slower ones had been seen.
@@ -188,7 +188,7 @@ def optimizers(nets, config):
     }
 
 
-def set_rates(opts, config, progress):
+def set_learning_rates(opts, config, progress):
     """The learning rates after the share `progress` of the training."""
     share = min(1.0, (1 - progress) / config.decay) if config.decay else 1.0
     for opt in opts.values():
@@ -322,7 +322,7 @@ def main(config):
     run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)
     for epoch in run.epochs(parts):
         for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
-            set_rates(opts, config, run.progress)  # its own
+            set_learning_rates(opts, config, run.progress)  # its own
             labelled = labelled_batch(data, chosen, config)  # its own
             losses = train_step(nets, opts, data.x_train[i], labelled, config)  # its own
             run.step(losses, len(i))

@@ -80,7 +80,6 @@ class Config(shared.Protocol):
     lr: float = option(1e-4, "learning rate of RMSprop (its README; main.py: 3e-4)", low=1e-9)
     lr_decay: float = option(0.75, "factor of the rate from epoch to epoch", low=0)
     alpha: float = option(0.9, "RMSprop's α (its README's alpha is our λ)", low=0, high=1)
-    clip: float = option(0.0, "clips gradients to ±this (its README: 1, unused); 0: not", low=0)
     gamma_enc: float = option(1.0, "γ_E: weight of L_llike in Enc's loss", low=0)
     lambda_mse: float = option(1e-6, "λ: weight of L_llike in Dec's loss", low=0)
     margin: float = option(0.35, "of the equilibrium rule; 0: both always train", low=0)
@@ -198,10 +197,10 @@ def who_trains(terms, config):
     return (dis, dec) if dis or dec else (True, True)
 
 
-def descend(optimizer, gradients, config):
+def descend(optimizer, gradients):
     """A step of the optimizer with these gradients."""
     for p, g in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
-        p.grad = g.clamp(-config.clip, config.clip) if config.clip else g
+        p.grad = g
     optimizer.step()
     optimizer.zero_grad()  # frees them
 
@@ -228,15 +227,15 @@ def train_step(nets, opts, x, config):
     *g_Dis, g_rec, g_p = grad(gan, [*Dis.parameters(), *leaves], materialize_grads=True)
     g_gan = g_swapped if config.swapped_labels else (-g_rec, -g_p)
     if train_Dis:
-        descend(opts["Dis"], g_Dis, config)
+        descend(opts["Dis"], g_Dis)
     # Gradient of γ_E L_llike at z, through Dec: it is for Enc alone, not for Dec's weights.
     (g_z,) = grad(fakes[0], [z], config.gamma_enc * g_llike[0], retain_graph=True)
     if train_Dec:  # λ L_llike − (1 − λ) L_GAN
         share = config.lambda_mse
         g_Dec = [share * g + (1 - share) * h for g, h in zip(g_llike, g_gan, strict=True)]
-        descend(opts["Dec"], grad(fakes, [*Dec.parameters()], g_Dec), config)
+        descend(opts["Dec"], grad(fakes, [*Dec.parameters()], g_Dec))
     # Enc: L_prior + γ_E L_llike; the largest net comes last, when the other graphs are freed.
-    descend(opts["Enc"], grad([prior, z], [*Enc.parameters()], [None, g_z]), config)
+    descend(opts["Enc"], grad([prior, z], [*Enc.parameters()], [None, g_z]))
     sums = {"L_prior": prior, "L_llike": llike, "L_GAN": gan}
     losses = {name: loss.detach() / len(x) for name, loss in sums.items()}  # of one image
     return losses | {"trains_Dis": torch.tensor(train_Dis), "trains_Dec": torch.tensor(train_Dec)}

@@ -125,7 +125,7 @@ def official_length(folder):
     found = {"": {}, "precision bf16": {}}  # {setting: {epochs: accuracy}}
     for run in table.summaries(folder):
         where = run["experiment"], run["dataset"], run["split"], run["seed"]
-        setting = run["setting"].partition(", --eval")[0]
+        setting = re.sub("(, )?--eval.*", "", run["setting"])
         if where == ("train_fc_alae", "mnist", "dw", 0) and setting in found and run["epochs"]:
             found[setting][run["epochs"]] = run["eval/svm_acc_short"]
     fp32, bf16 = found.values()

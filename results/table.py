@@ -33,7 +33,7 @@ NAMES = {  # of metrics, in the order of columns
     "mse_train": "train MSE",
     "mse_test": "test MSE, not clipped",
     "ratio": "train MSE / optimum",
-    "orthonormality": "‖EEᵀ − I‖²",
+    "orthonormality": "‖CᵀC − I‖²",
     "ratio_test": "test MSE / PCA's",
     "pca_mse_train": "PCA's train MSE",
     "pca_mse_test": "PCA's test MSE",

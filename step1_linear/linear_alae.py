@@ -101,7 +101,9 @@ class Config(shared.Protocol):
     critic: str = option("quadratic", "D: w → ℝ (ours)", ("linear", "quadratic", "mlp"))
     floor: float = option(0.07, "φ, with A = BᵀB + φνI in the quadratic critic (ours)", low=0)
     adversarial: str = option(
-        "softplus", "the paper's, or x/2, its slope at 0, in the losses", ("softplus", "tangent")
+        "softplus",
+        "softplus (paper), or t/2, its tangent at 0 less a constant",
+        ("softplus", "tangent"),
     )
     penalty: str = option("r1", "‖∇ₓD‖² (paper), (‖∇ₓD‖ − 1)² (the student's)", ("r1", "unit"))
     gamma: float = option(0.5, "γ/2 times the penalty in Step I (ours; paper: 10)", low=0)

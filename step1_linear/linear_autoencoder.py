@@ -54,12 +54,12 @@ def L_rec(E, G, x, sigma, loss):
     return error.abs().mean() if loss == "l1" else error.square().mean()
 
 
-def train_step(nets, opt, x, config):
+def train_step(nets, optimizer, x, config):
     """One step of Adam on x (B, d)."""
     loss = L_rec(nets["E"].weight, nets["G"].weight, x, nets["pixels"].sigma, config.loss)
-    opt.zero_grad()
+    optimizer.zero_grad()
     loss.backward()
-    opt.step()
+    optimizer.step()
     return {"L_rec": loss.detach()}
 
 
@@ -92,14 +92,14 @@ def main(config):
     shared.pca.fit(data.x_train, config.k)  # refuses a k that is too large
     nets = build(config, data.x_train).to(device)
     x_train = data.x_train - nets["pixels"].mean
-    opt = torch.optim.Adam(nets.parameters(), lr=config.lr, fused=True)
-    parts = {"nets": nets, "opt": opt}
+    optimizer = torch.optim.Adam(nets.parameters(), lr=config.lr, fused=True)
+    parts = {"nets": nets, "optimizer": optimizer}
 
     run = shared.Run(config, device, nets)  # its own
     for row in run.epochs(parts):  # its own
         for step, i in shared.step_batches(x_train, config, row):  # its own
-            opt.param_groups[0]["lr"] = config.lr * (1 - (step - 1) / config.steps)  # its own
-            losses = train_step(nets, opt, x_train[i], config)  # its own
+            optimizer.param_groups[0]["lr"] = config.lr * (1 - (step - 1) / config.steps)  # its own
+            losses = train_step(nets, optimizer, x_train[i], config)  # its own
             run.step(losses, len(i))
         run.log_losses()
         if run.is_due():

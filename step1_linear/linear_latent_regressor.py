@@ -122,7 +122,7 @@ def L_adv_G(G, D, z):
     return softplus(-D(z @ G.T)).mean()
 
 
-def L_err(G, E, z):
+def L_err_E(G, E, z):
     """‖z − E G z‖², on z (B, k)."""
     return (z - z @ (E @ G).T).square().sum(1).mean()
 
@@ -140,12 +140,12 @@ def train_step(nets, opts, x, config):
     adv_G = L_adv_G(G, D, z[1])
     loss_G = adv_G
     if config.joint:
-        loss_G = adv_G + config.joint_weight * L_err(G, E.detach(), z[1])
+        loss_G = adv_G + config.joint_weight * L_err_E(G, E.detach(), z[1])
     nets.zero_grad()
     loss_G.backward()
     opts["opt_G"].step()
 
-    err = L_err(G.detach(), E, z[2])
+    err = L_err_E(G.detach(), E, z[2])
     nets.zero_grad()
     (err + config.ridge * E.square().sum()).backward()
     opts["opt_E"].step()

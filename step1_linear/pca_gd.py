@@ -155,7 +155,7 @@ def rows_of(results, traces):
     return dict(sorted(rows.items()))
 
 
-def evaluate(C, mean, data):
+def final_metrics(C, mean, data):
     """Errors over PCA's and angles to its subspace, and what the codes are worth."""
     metrics = shared.pca.metrics(data, C.T, C, mean)
     C, mean = C.to(data.x_test), mean.to(data.x_test)
@@ -217,7 +217,7 @@ def main(config):
     C = projection.C.detach()
     for name, x, rows in shared.pca.pictures(data, C.T, C, mean):
         run.picture(name, shared.grid(data.images(x), len(x) // len(rows), title, rows))
-    run.finish(evaluate(C, mean, data))
+    run.finish(final_metrics(C, mean, data))
     for name, result in results.items():
         print(f"{name:32s}", *(f"{key} {value:<9.4g}" for key, value in result.items()))
 

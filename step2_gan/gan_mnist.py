@@ -153,7 +153,7 @@ def train_step(nets, opt_D, opt_G, x, config):
     loss_G.backward(inputs=list(G.parameters()))
     opt_G.step()
 
-    grad_norm = torch.stack(torch._foreach_norm([p.grad for p in G.parameters()])).norm()
+    grad_norm = nn.utils.get_total_norm([p.grad for p in G.parameters()])
     losses = {"L_D": loss_D, "L_G": loss_G, "grad_norm_G": grad_norm}
     if config.loss in ("r1", "wgan-gp"):
         losses["penalty"] = penalty
@@ -183,7 +183,7 @@ def digit_shares(images):
 
 def evaluate(nets, data, config, full=False):
     """LeNet-FID, and the digits among 10,000 samples: % of each, the least, and KL(shares ‖ those
-    of the test images). Where samples collapse, digits are missing."""
+    of the test images), full or not. Where samples collapse, digits are missing."""
     if data.name != "mnist":
         return {}
     nets.eval()
@@ -216,9 +216,9 @@ def draw(run, data, config):
 def main(config):
     device = shared.setup(config)
     data = shared.load_data(config, device)
-    if config.batch_size < config.critic_steps * (config.critic_steps + 1):  # batch norm needs two
-        steps = config.critic_steps
-        shared.fail(f"--critic-steps {steps}: too many for --batch-size {config.batch_size}")
+    n = config.critic_steps
+    if config.batch_size % n or config.batch_size < 2 * n:  # batch norm needs two images
+        shared.fail(f"--batch-size {config.batch_size}: must be 2, 3, … times --critic-steps {n}")
     nets = build(config, data.x_train.shape[1]).to(device)
     averaged = copy.deepcopy(nets["G"]).requires_grad_(False)
 

@@ -51,9 +51,10 @@ class Config(shared.Protocol):
     lr_plain: float = option(0.001, "learning rate of plain Adam (chosen on val)", low=1e-9)
     exact_steps: int = option(200, "steps, on 32 images, of the comparison in float64", low=0)
     latent_dim: int = option(50, "dimension of z and of w (paper §6.1)", low=1)
+    width: int = option(1024, "units of the hidden layers of E and G (paper §6.1)", low=1)
 
 
-# B batch, Z = W = latent_dim, X = pixels (784), H = 1024
+# B batch, Z = W = latent_dim, X = pixels (784), H = width
 
 
 class Linear(nn.Module):
@@ -76,8 +77,7 @@ class Linear(nn.Module):
 
 def build(config, X, runtime):
     """F: z (B, Z) → w (B, W), G: w → x (B, X), E: x → w, D: w → (B, 1)."""
-    Z, leaky = config.latent_dim, nn.LeakyReLU(0.2)
-    H = 64 if config.smoke else 1024
+    Z, H, leaky = config.latent_dim, config.width, nn.LeakyReLU(0.2)
     layer = partial(Linear, runtime=runtime)
     F = [nn.RMSNorm(Z, eps=1e-8, elementwise_affine=False)]  # pixel norm
     for _ in range(6):
@@ -232,7 +232,7 @@ def compare_updates(run, nets, before):
 
 
 def evaluate(nets, data, config, full=False):
-    """The same few metrics of each way, under its name."""
+    """The same few metrics of each way, under its name, full or not."""
     metrics, generator = {}, torch.Generator().manual_seed(0)
     z = torch.randn(len(data.x_test), config.latent_dim, generator=generator).to(data.x_test)
     for way in WAYS:
@@ -257,6 +257,8 @@ def draw(run, data, config):
 
 def main(config):
     device = shared.setup(config)
+    if config.smoke and not config.eval:
+        config.width = min(config.width, 64)
     data = shared.load_data(config, device)
     nets, opts = start(config, data.x_train.shape[1], device)
     parts = {"nets": nets} | opts

@@ -40,7 +40,7 @@ METHODS = {  # (experiment, setting, what was measured): (the paper's row, ours)
     ("train_fc_alae", "preset fast", "eval"): ("ALAE", "ALAE, preset fast"),
     ("train_fc_alae", "preset fast, precision bf16", "eval"): ("ALAE", "ALAE, preset fast, bf16"),
     ("train_fc_alae", "preset clean", "eval"): ("ALAE", "ALAE, preset clean"),
-    ("refit_encoder", "trained clean", "eval"): ("ALAE", "ALAE, preset clean, then E alone"),
+    ("refit_encoder", "trained clean", "eval"): ("ALAE", "ALAE, clean for 40, then E alone"),
     ("train_fc_alae", "preset signed", "eval"): ("ALAE", "ALAE, preset signed"),
     ("train_fc_alae", "preset long", "eval"): ("ALAE", "ALAE, preset long"),
     ("train_fc_alae", "", "pixels"): ("", "raw pixels"),
@@ -80,7 +80,8 @@ def summaries(folder):
         if summary.get("status") == "done":
             evaluated = re.search(r"--eval[= ](\S+)", summary["commands"][-1])
             if evaluated:  # no training of its own
-                summary["setting"] += f", --eval {Path(evaluated[1]).name}"
+                words = [summary["setting"], f"--eval {Path(evaluated[1]).name}"]
+                summary["setting"] = ", ".join(word for word in words if word)
             found.append(summary | {"metrics_csv": path.with_name(name)})
     return found
 
@@ -196,19 +197,19 @@ def read_rows(path):
     return rows
 
 
-def clean(groups):
+def clean_table(groups):
     """clean.md: what is clean after so many epochs."""
     lines = along(groups)
     epochs = [epoch for epoch in EPOCHS if any(epoch in points for points in lines.values())]
-    table = [["", "after epochs", *map(str, epochs)]]
+    rows = [["", "after epochs", *map(str, epochs)]]
     for label, points in lines.items():
         for metric, (name, digits) in IMAGES.items():
             cells = [cell([points.get(epoch, {})], f"eval/{metric}", digits) for epoch in epochs]
-            table.append([label, name, *cells])
-    return markdown(table)
+            rows.append([label, name, *cells])
+    return markdown(rows)
 
 
-TABLES = {"front": front_table, "table": full_table, "clean": clean}
+TABLES = {"front": front_table, "table": full_table, "clean": clean_table}
 
 
 def main(folder):

@@ -3,7 +3,7 @@
 ALAE trains E to invert G on codes w = F(z) alone, and images of the data are not quite G(F(z)).
 
     Descent. Does G draw the test images x at all? From w = E(x), Adam minimises ‖x − G(w)‖² for
-             each x of a tenth of them. Only a test of G: nothing is learned from it.
+             each x of a tenth of them, and of the same mirrored. Nothing is learned from it.
     Refit.   E goes on alone, on generated images x = G(w). Their codes w have noise, so that E sees
              more than the G(F(z)):
 
@@ -21,7 +21,7 @@ Neither is in the paper or in the official code.
 Expect (preset clean, seed 0, test images): identity 98.2 %, 94.5 % as trained, 99.0 % by descent.
 
 `alae.pt` is the model with its new E, and with the old one, where a second refit begins. Metrics
-"as trained" are those of the old E, metrics of the "descent" those of a tenth of the test images.
+"as trained" are those of the old E; "the same", and those of the "descent", are of that tenth.
 """
 
 import copy
@@ -45,11 +45,14 @@ OF_ALAE |= {"mapping_layers", "output", "input_range"}
 @dataclass
 class Config(shared.Protocol):
     model: str = option("", "model.pt; in its path {seed} is --seed (default: assets/fc_alae.pt)")
+    dataset: str = option("", "the model's: read from it")
+    split: str = option("", "the model's: read from it")
     trained: str = option("", "the model's preset: read from it")
     loss: str = option("image", "compare images, or codes as ALAE does", ("image", "latent"))
     epochs: int = option(10, "passes over as many codes as there are training images", low=0)
     batch_size: int = option(128, "codes per step", low=1)
-    lr: float = option(0.001, "Adam's rate at the start, falling to 0", low=1e-9)
+    lr: float = option(0.001, "Adam's rate at the start", low=1e-9)
+    decay: float = option(1.0, "last share of the training, with a rate that falls to 0", low=0.01)
     noise: float = option(0.5, "σ: noise on w, in standard deviations of w", low=0)
     descent_steps: int = option(100, "steps of the descent", low=0)
     descent_lr: float = option(0.05, "Adam's rate in the descent", low=1e-9)
@@ -69,11 +72,12 @@ def load_alae(config):
         shared.fail(f"--model {path}: cannot be read ({type(error).__name__})")
     if experiment != "train_fc_alae" or "E" not in saved or OF_ALAE - vars(options).keys():
         shared.fail(f"--model {path}: is no model.pt of train_fc_alae.py, or of an older version")
-    for name in ("dataset", "split"):
-        if getattr(config, name) not in (getattr(Config, name), getattr(options, name)):
-            shared.fail(f"--{name}: leave it out, the model has its own")
-    config.alae, config.trained = options, options.preset
-    config.dataset, config.split = options.dataset, options.split
+    own = {"dataset": options.dataset, "split": options.split, "trained": options.preset}
+    for name, value in own.items():
+        if getattr(config, name) not in ("", value):
+            shared.fail(f"--{name}: leave it out, the model has its own, {value}")
+        setattr(config, name, value)
+    config.alae = options
     return saved
 
 
@@ -158,19 +162,21 @@ def under(name, metrics):
     return {key.replace("eval", name): value for key, value in metrics.items()}
 
 
-def first_images(nets, data, config):
-    """A tenth of the test images, pixels (n, X), as E reconstructs them and as the descent does."""
-    G, x = nets["G"], to_x(data.x_test[: len(data.x_test) // 10], config)
+def drawn(nets, data, config):
+    """The test images of data as G draws them, pixels (n, X): from E(x), and after the descent."""
+    G, x = nets["G"], to_x(data.x_test, config)
     w = shared.chunked(nets["E"], x)
     x_descent = shared.chunked(G, descend(G, w, x, config))
     return to_pixels(shared.chunked(G, w), config), to_pixels(x_descent, config)
 
 
-def descent_metrics(data, x_descent):
-    """Of the first test images, as many as x_descent (n, X) has."""
-    n = len(x_descent)
+def first_tests(data):
+    """The data with a tenth of its test images, at least 20; and with the same ones mirrored."""
+    n = max(20, len(data.x_test) // 10)
     y = None if data.y_test is None else data.y_test[:n]
-    return shared.image_metrics(data._replace(x_test=data.x_test[:n], y_test=y), x_descent)
+    few = data._replace(x_test=data.x_test[:n], y_test=y)
+    mirrored = few.images(few.x_test).flip(3).flatten(1)
+    return few, few._replace(name="mirrored", x_test=mirrored)  # no digits to LeNet
 
 
 @torch.no_grad()
@@ -182,9 +188,10 @@ def draw(run, data, config, x_before, x_descent):
     title = f"FC ALAE, E refitted for {run.epoch} epochs"
     pairs = shared.pairs(data.images(x), data.images(x_rec), f"{title}: test images x and G(E(x))")
     run.picture("reconstructions", pairs)
-    rows = torch.stack([x[:20], x_before[:20], x_rec[:20], x_descent[:20]])  # (4, 20, X)
-    rows = rows.unflatten(1, (2, 10)).transpose(0, 1).flatten(0, 2)
-    names = ["x", "E as trained", "E refitted", "descent on w"] * 2
+    lines = min(2, len(x_before) // 10)
+    rows = torch.stack([part[: 10 * lines] for part in (x, x_before, x_rec, x_descent)])
+    rows = rows.unflatten(1, (lines, 10)).transpose(0, 1).flatten(0, 2)
+    names = ["x", "E as trained", "E refitted", "descent on w"] * lines
     run.picture("comparison", shared.grid(data.images(rows), 10, title, names))
 
 
@@ -207,15 +214,17 @@ def main(config):
     for name in ("F", "G"):
         nets[name].load_state_dict(saved[name])
         nets[name].requires_grad_(False)
-    as_trained = evaluate(nets, data, config, full=not config.smoke)
-    x_before, x_descent = first_images(nets, data, config)
     optimizer = torch.optim.Adam(nets["E"].parameters(), config.lr, fused=True)
     parts = {"nets": nets, "optimizer": optimizer}
 
     run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)
+    as_trained = evaluate(nets, data, config, full=not config.smoke)  # its own
+    few, mirrored = first_tests(data)  # its own
+    x_before, x_descent = drawn(nets, few, config)  # its own
     for _ in run.epochs(parts):  # its own
         for _ in range(run.epoch_steps):  # its own
-            optimizer.param_groups[0]["lr"] = config.lr * (1 - run.progress)  # its own
+            left = min(1.0, (1 - run.progress) / config.decay)  # its own
+            optimizer.param_groups[0]["lr"] = config.lr * left  # its own
             z = torch.randn(config.batch_size, config.alae.latent_dim, device=device)  # its own
             losses = train_step(nets, optimizer, z, config)  # its own
             run.step(losses, len(z))  # its own
@@ -226,7 +235,10 @@ def main(config):
         run.save(parts)
     metrics = evaluate(run.nets, data, config, full=True)
     metrics |= under("as trained", as_trained)  # its own
-    metrics |= under("descent", descent_metrics(data, x_descent))  # its own
+    metrics |= under("as trained, the same", shared.image_metrics(few, x_before))  # its own
+    metrics |= under("descent", shared.image_metrics(few, x_descent))  # its own
+    _, x_mirrored = drawn(nets, mirrored, config)  # its own
+    metrics |= under("descent, mirrored", shared.image_metrics(mirrored, x_mirrored))  # its own
     draw(run, data, config, x_before, x_descent)  # its own
     save_alae(run, saved, old_E)  # its own
     run.finish(metrics)

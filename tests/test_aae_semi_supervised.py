@@ -96,13 +96,13 @@ def test_labels_are_balanced_and_drawn_by_seed():
 
 def test_labelled_batches_are_of_the_chosen_labels_alone(monkeypatch, tmp_path, cheap):
     """With 100 labels main never shows the class of another image; rates fall at the end."""
-    rates, set_rates = [], semi.set_rates
+    rates, set_learning_rates = [], semi.set_learning_rates
 
     def spy(opts, config, done):
-        set_rates(opts, config, done)
+        set_learning_rates(opts, config, done)
         rates.append(opts["Q_sup"].param_groups[0]["lr"])
 
-    monkeypatch.setattr(semi, "set_rates", spy)
+    monkeypatch.setattr(semi, "set_learning_rates", spy)
     how = ["--labels", 100, "--seed", 3]
     calls, _ = trained(monkeypatch, tmp_path, semi, {"L_rec": 1.0}, *how)
     data = shared.load_data(semi.Config(smoke=True), torch.device("cpu"))
@@ -122,7 +122,7 @@ def test_rates_fall_linearly():
     opts = semi_start(config, 10)[1]
     assert all(opt.defaults["betas"] == (0.5, 0.999) for opt in opts.values())
     for progress, share in ((0, 1), (0.5, 1), (0.75, 0.5), (1, 0)):
-        semi.set_rates(opts, config, progress)
+        semi.set_learning_rates(opts, config, progress)
         rates = {name: opt.param_groups[0]["lr"] for name, opt in opts.items()}
         expected = {"Q_rec": 1, "P": 1, "Q_sup": 3, "D": 2, "Q_reg": 2}
         assert rates == {name: rate * share for name, rate in expected.items()}

@@ -24,7 +24,7 @@ CASES = [
     (GAN, ["--beta1", "1"], "[0, 1)"),
     (FC_ALAE, ["--decay", "50"], "must be in [0, 1.01)"),
     ("assets/lenet.py", [], "would make all numbers incomparable"),
-    (GAN, ["--smoke", "--critic-steps", "100"], "too many for --batch-size 128"),
+    (GAN, ["--smoke", "--critic-steps", "100"], "--batch-size 128: must be 2, 3, … times"),
     (FC_ALAE, ["--preset", "slow"], "--preset"),
     (FC_ALAE, ["--smoke", "--batch-size", "2001"], "only 2000 training images"),
     (FC_ALAE, ["--device", "mps"], "no such device"),

@@ -459,7 +459,7 @@ def test_codes_of_training_images_are_what_classifiers_learn_from(module, toys, 
     given = record(monkeypatch)
     if module is pca_gd:
         E, G, mean = shared.pca.fit(data.x_train, 2)
-        module.evaluate(G, mean, data)
+        pca_gd.final_metrics(G, mean, data)
     else:
         nets = module.build(module.Config(k=2), data.x_train)
         nn.init.normal_(nets["G"].weight)

@@ -68,6 +68,17 @@ def test_the_descent_finds_what_G_can_draw_and_leaves_G_alone():
     torch.testing.assert_close(alone, both[:1])  # each image by itself
 
 
+def test_the_control_has_the_same_images_mirrored():
+    data = toy_data()
+    few, mirrored = refit.first_tests(data)
+    assert few.x_test.equal(data.x_test[:20]) and few.y_test.equal(data.y_test[:20])
+    assert mirrored.name == "mirrored" and len(mirrored.x_test) == 20
+    rows = mirrored.x_test.unflatten(1, (28, 28))
+    assert rows[:, 3, 0].equal(few.x_test.unflatten(1, (28, 28))[:, 3, 27])
+    larger = data._replace(x_test=data.x_test.repeat(5, 1), y_test=None)
+    assert [len(part.x_test) for part in refit.first_tests(larger)] == [100, 100]
+
+
 def keep_all(monkeypatch):
     """What the instruments are given: {"images", "short", "long": a list of their arguments}."""
     given = {"images": [], "short": [], "long": []}
