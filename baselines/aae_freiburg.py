@@ -24,8 +24,7 @@ Presets january (commit 87b475a) and head (2c29b54) are two states of that code.
     convolutions have no bias, head's first one has 3,136. L_D is halved. january's balance rule
     draws a z of its own.
  3. mixed and ours are not states of that code. They have head's nets, losses and balance rule, and
-    january's phases and Adam. The rates and bn_momentum of ours are from trials on val that are
-    not kept.
+    january's phases and Adam. Rates and bn_momentum of ours: by trials on val that are not kept.
  4. faces: january's nets and rates, but images in [0, 1] and a sigmoid, not [−1, 1] and tanh.
  5. Animations: of one class, not of each; few shades; dimensions.gif has 5 × 5 images, not 5⁴,
     grid.gif images of half the size, and time that goes one way.
@@ -231,6 +230,7 @@ def turns(n, y):
 
 
 def evaluate(nets, data, config, full=False):
+    """Short features: Q(x) (N, Z); long: the activations before Q's last layer."""
     nets.eval()
     Q, P = nets["Q"], nets["P"]
     last = 1 if config.net == "dense" else 2  # of Q's layers: the convolution to z, and a Flatten
@@ -292,17 +292,15 @@ def animate(run, data, config):
     y = given_labels(data, config)[1]
     time = torch.linspace(-3, 3, 10)
     axis = torch.linspace(-1.8, 1.8, 5)
+    zero = torch.zeros(1)
     z = torch.cartesian_prod(time, axis, axis, axis, axis)
     z = z[:, [0, 1, 3, 2, 4]]  # z₂ and z₃ place a block of 25 images, z₄ and z₅ an image in it
     movie(run, "grid", avg_pool2d(decode(run, data, z, y[:1]), 2), 10)
-    z = torch.cat(
-        [torch.cartesian_prod(time, axis, axis, axis[2:3], axis[2:3]).roll(i, 1) for i in range(5)]
-    )
+    z = torch.cat([torch.cartesian_prod(time, axis, axis, zero, zero).roll(i, 1) for i in range(5)])
     movie(run, "dimensions", decode(run, data, z, y[:1]), 50)
     if config.labels:
-        K = y.shape[1]
-        t = torch.arange(10 * (K - 1) + 1) / 10  # at 0, 1, 2, … a class is reached
-        i, classes = t.long().clamp(max=K - 2), torch.eye(K)
+        t = torch.arange(10 * y.shape[1] - 9) / 10  # at 0, 1, 2, … a class is reached
+        i, classes = t.long().clamp(max=y.shape[1] - 2), torch.eye(y.shape[1])
         way = torch.lerp(classes[i], classes[i + 1], (math.pi / 2 * (t - i)).sin()[:, None])
         z = 3 * torch.rand(25, config.latent_dim, generator=torch.Generator().manual_seed(0)) - 1.5
         images = decode(run, data, z.repeat(len(t), 1), way.repeat_interleave(25, 0).to(y))
