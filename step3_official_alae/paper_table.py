@@ -87,9 +87,9 @@ def summaries(folder):
 
 
 def gather(folder):
-    """{method: {epochs: {split: {seed: summary}}}} of the runs on MNIST."""
+    """{method: {epochs: {split: {seed: summary}}}} of the runs on MNIST that trained."""
     groups = {method: {} for method in METHODS}
-    found = [run for run in summaries(folder) if run["dataset"] == "mnist" and "epochs" in run]
+    found = [run for run in summaries(folder) if run["dataset"] == "mnist" and run.get("epochs")]
     for run in sorted(found, key=lambda run: run["epochs"]):
         for section in ("eval", "pixels", "untrained"):
             lengths = groups.get((run["experiment"], run["setting"], section))
