@@ -1,6 +1,7 @@
 """E alone against a finished G: its loss, the descent, and the model that comes of it."""
 
 import json
+from types import SimpleNamespace
 
 import shared
 
@@ -8,7 +9,7 @@ import pytest
 import refit_encoder as refit
 import torch
 import train_fc_alae as alae
-from conftest import FC_ALAE, ROOT, assert_same, toy_data, watch
+from conftest import FC_ALAE, ROOT, assert_same, toy_data, train, watch
 from torch import nn
 
 FILE = "step3_official_alae/refit_encoder.py"
@@ -79,6 +80,19 @@ def test_the_control_has_the_same_images_mirrored():
     assert [len(part.x_test) for part in refit.first_tests(larger)] == [100, 100]
 
 
+def test_a_folder_with_few_pictures_has_fewer_in_the_picture(monkeypatch):
+    monkeypatch.setattr(shared, "grid", lambda images, *_: images)
+    data = toy_data()
+    data = data._replace(x_test=data.x_test[:16], y_test=None)
+    config = refit.Config()
+    config.alae = alae.Config(width=8)
+    nets, shown = refit.build(config.alae, 784), {}
+    few, _ = refit.first_tests(data)
+    run = SimpleNamespace(nets=nets, epoch=0, picture=shown.__setitem__)
+    refit.draw(run, data, config, few.x_test, few.x_test)
+    assert len(shown["comparison"]) == 4 * 10
+
+
 def keep_all(monkeypatch):
     """What the instruments are given: {"images", "short", "long": a list of their arguments}."""
     given = {"images": [], "short": [], "long": []}
@@ -130,6 +144,24 @@ def test_the_new_model_is_evaluated_by_train_fc_alae_and_keeps_the_old_E(
     printed = dict(line.split()[:2] for line in done.stdout.splitlines() if "eval/" in line)
     for metric in ("eval/recon_mse", "eval/identity", "eval/fid"):
         assert float(printed[metric]) == pytest.approx(summary[metric], rel=1e-3)
+
+
+def test_the_falling_rate_fixes_the_length(finished, monkeypatch, capsys):
+    checkpoint = finished("refit_encoder") / "checkpoint.pt"
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, refit, "--resume", checkpoint, "--epochs", 3)
+    assert stop.value.code == 2 and "--epochs: leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, own, given", [("split", "sw", "dw"), ("trained", "fast", "clean")])
+def test_another_split_or_preset_than_the_models_is_refused(name, own, given, tmp_path, capsys):
+    saved = torch.load(ROOT / "assets/fc_alae.pt", weights_only=True)
+    saved["config"]["split"], saved["config"]["preset"] = "sw", "fast"
+    torch.save(saved, tmp_path / "model.pt")
+    config = refit.Config(model=str(tmp_path / "model.pt"), **{name: given})
+    with pytest.raises(SystemExit):
+        refit.load_alae(config)
+    assert f"--{name}: leave it out, the model has its own, {own}" in capsys.readouterr().err
 
 
 def test_a_model_of_an_older_version_is_refused_in_a_line(here, tmp_path):
