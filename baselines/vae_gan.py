@@ -229,12 +229,10 @@ def fixed_z(n, config, device):
 def settled(nets, data, config):
     """Copies of Enc, and of Dec for μ and for z_p, as they are evaluated (deviation 5)."""
     B = config.batch_size
-    x = data.x_train[: B * min(64, len(data.x_train) // B)]
-    images = [to_x(part, data, config) for part in x.split(B)]
-    Enc = shared.batch_norm.settled(nets["Enc"], images)
-    mu = encode(Enc, x, data, config)[1]
-    Dec = shared.batch_norm.settled(nets["Dec"], mu.split(B))
-    Dec_p = shared.batch_norm.settled(nets["Dec"], fixed_z(len(x), config, x.device).split(B))
+    x = data.x_train[: 64 * B]
+    Enc = shared.batch_norm.settled(nets["Enc"], to_x(x, data, config), B)
+    Dec = shared.batch_norm.settled(nets["Dec"], encode(Enc, x, data, config)[1], B)
+    Dec_p = shared.batch_norm.settled(nets["Dec"], fixed_z(len(x), config, x.device), B)
     return Enc, Dec, Dec_p
 
 
