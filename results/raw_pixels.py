@@ -1,34 +1,32 @@
-"""What raw pixels are worth to the classifiers of table 1, on MNIST.
+"""What raw pixels are worth to the classifiers of table 1: a run without a net.
 
-    python results/raw_pixels.py    # writes results/raw_pixels.md
+    python results/raw_pixels.py    # --split sw: on held-out training images
 
-On the official test images (dw) and on held-out training images (sw).
+Expect, in %: 1-NN 96.9, a linear SVM 91.8.
 """
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "step3_official_alae"))
 import shared
+from shared import option
 
-from paper_table import markdown
+from torch import nn
 
 
-def main():
-    lines = [["data", "1-NN", "SVM", "MLP"]]
-    for split in ("dw", "sw"):
-        protocol = shared.Protocol(device="cpu", split=split)
-        data = shared.load_data(protocol, shared.setup(protocol))
-        metrics = shared.code_metrics(data, data.x_train, data.x_test, "short")
-        lines.append([split, *(f"{value:.2f}" for value in metrics.values())])
-    text = "# Classifiers of table 1 on raw pixels of MNIST, % right\n\n"
-    text += f"{markdown(lines)}\nBy `python results/raw_pixels.py`.\n"
-    (shared.ROOT / "results/raw_pixels.md").write_text(text)
+@dataclass
+class Config(shared.Protocol):
+    epochs: int = option(0, "nothing is trained", low=0, high=1)
+
+
+def main(config):
+    data = shared.load_data(config, shared.setup(config))
+    run = shared.Run(config, data.x_train.device, nn.ModuleDict())
+    list(run.epochs({}))
+    run.finish(shared.code_metrics(data, data.x_train, data.x_test, "short"))
 
 
 if __name__ == "__main__":
-    how = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    argparse.ArgumentParser(description=__doc__, **how).parse_args()
-    main()
+    main(shared.parse_config(Config))

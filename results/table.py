@@ -67,7 +67,7 @@ KINDS = dict.fromkeys(LINEAR, "Linear autoencoders")  # several experiments in o
 WIDTHS = "Autoencoders, E 784-1024-1024-50 and G 50-1024-1024-784"
 KINDS |= dict.fromkeys((*NONLINEAR, "train_fc_alae"), WIDTHS)
 DETAILS = r"train|perf|.*/(L_|digit_\d|val_mse_|ms_per_step|explained|angle_mean)"  # left out
-REFERENCES = "pixels", "untrained"  # where metrics are chosen, their accuracies alone
+DETAILS += "|pixels|untrained"  # of an earlier version; raw_pixels.py and --epochs 0 replace them
 
 
 def collect(run):
@@ -117,12 +117,9 @@ def sections(run, metrics):
     found = {} if metrics else {"eval": {}}
     for key, value in run.items():
         section, _, metric = key.rpartition("/")
-        left_out = section in REFERENCES and "_acc_" not in metric
         if section and key in metrics:
             found.setdefault("eval", {})[key] = value
-        elif metrics and (metric not in metrics or left_out):
-            continue
-        elif section and not re.match(DETAILS, key):
+        elif section and not re.match(DETAILS, key) and (not metrics or metric in metrics):
             found.setdefault(section, {})[metric] = value
     return found
 
@@ -134,16 +131,14 @@ def lines_of(runs, label, metrics):
         for section, measured in sections(run, metrics).items():
             for metric, value in measured.items():
                 values.setdefault(section, {}).setdefault(metric, []).append(value)
-    names = {"eval": label, "pixels": "raw pixels"}
-    names["untrained"] = f"untrained encoder of {runs[0]['experiment']}"
     lines = []
     for section, numbers in values.items():
         cells = {metric: cell(metric, of_seeds) for metric, of_seeds in numbers.items()}
         if cells and not any(cells.items() <= other.items() for _, other in lines):  # new
-            duration = "0 epochs" if section in REFERENCES else length(runs[0])
             data = f"{runs[0]['dataset']} {runs[0]['split']}"
             n = max(len(of_seeds) for of_seeds in numbers.values())
-            lines.append(([names.get(section, section), duration, data, str(n)], cells))
+            name = label if section == "eval" else section
+            lines.append(([name, length(runs[0]), data, str(n)], cells))
     return lines
 
 

@@ -28,23 +28,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shared
 
-METHODS = {  # (experiment, setting, what was measured): (the paper's row, ours)
-    ("autoencoder_mnist", "loss l1", "eval"): ("AE(l1)", "AE(l1)"),
-    ("autoencoder_mnist", "", "eval"): ("AE(l2)", "AE(l2)"),
-    ("latent_regressor_mnist", "", "eval"): ("LR", "LR"),
-    ("latent_regressor_mnist", "joint True", "eval"): ("JLR", "JLR"),
-    ("bigan_mnist", "", "eval"): ("BiGAN", "BiGAN"),
-    ("train_fc_alae", "", "eval"): ("ALAE", "ALAE, official setting"),
-    ("train_fc_alae", "precision bf16", "eval"): ("ALAE", "ALAE, official setting, bf16"),
-    ("alae_mnist", "", "eval"): ("ALAE", "ALAE, from the paper's text"),
-    ("train_fc_alae", "preset fast", "eval"): ("ALAE", "ALAE, preset fast"),
-    ("train_fc_alae", "preset fast, precision bf16", "eval"): ("ALAE", "ALAE, preset fast, bf16"),
-    ("train_fc_alae", "preset clean", "eval"): ("ALAE", "ALAE, preset clean"),
-    ("refit_encoder", "trained clean", "eval"): ("ALAE", "ALAE, clean for 40, then E alone"),
-    ("train_fc_alae", "preset signed", "eval"): ("ALAE", "ALAE, preset signed"),
-    ("train_fc_alae", "preset long", "eval"): ("ALAE", "ALAE, preset long"),
-    ("train_fc_alae", "", "pixels"): ("", "raw pixels"),
-    ("train_fc_alae", "", "untrained"): ("", "untrained encoder of ALAE"),
+METHODS = {  # (experiment, setting, or "untrained"): (the paper's row, ours)
+    ("autoencoder_mnist", "loss l1"): ("AE(l1)", "AE(l1)"),
+    ("autoencoder_mnist", ""): ("AE(l2)", "AE(l2)"),
+    ("latent_regressor_mnist", ""): ("LR", "LR"),
+    ("latent_regressor_mnist", "joint True"): ("JLR", "JLR"),
+    ("bigan_mnist", ""): ("BiGAN", "BiGAN"),
+    ("train_fc_alae", ""): ("ALAE", "ALAE, official setting"),
+    ("train_fc_alae", "precision bf16"): ("ALAE", "ALAE, official setting, bf16"),
+    ("alae_mnist", ""): ("ALAE", "ALAE, from the paper's text"),
+    ("train_fc_alae", "preset fast"): ("ALAE", "ALAE, preset fast"),
+    ("train_fc_alae", "preset fast, precision bf16"): ("ALAE", "ALAE, preset fast, bf16"),
+    ("train_fc_alae", "preset clean"): ("ALAE", "ALAE, preset clean"),
+    ("refit_encoder", "trained clean"): ("ALAE", "ALAE, clean for 40, then E alone"),
+    ("train_fc_alae", "preset signed"): ("ALAE", "ALAE, preset signed"),
+    ("train_fc_alae", "preset long"): ("ALAE", "ALAE, preset long"),
+    ("raw_pixels", "untrained"): ("", "raw pixels"),
+    ("train_fc_alae", "untrained"): ("", "untrained encoder of ALAE"),
 }
 COLUMNS = ("knn", "sw"), ("svm", "sw"), ("knn", "dw"), ("svm", "dw")
 PAPER = {  # short and long features, of each of the COLUMNS
@@ -87,15 +87,14 @@ def summaries(folder):
 
 
 def gather(folder):
-    """{method: {epochs: {split: {seed: summary}}}} of the runs on MNIST that trained."""
+    """{method: {epochs: {split: {seed: summary}}}} of the runs on MNIST."""
     groups = {method: {} for method in METHODS}
-    found = [run for run in summaries(folder) if run["dataset"] == "mnist" and run.get("epochs")]
+    found = [run for run in summaries(folder) if run["dataset"] == "mnist" and "epochs" in run]
     for run in sorted(found, key=lambda run: run["epochs"]):
-        for section in ("eval", "pixels", "untrained"):
-            lengths = groups.get((run["experiment"], run["setting"], section))
-            if lengths is not None and f"{section}/knn_acc_short" in run:
-                splits = lengths.setdefault(run["epochs"] if section == "eval" else 0, {})
-                splits.setdefault(run["split"], {})[run["seed"]] = run  # the last, as in table.py
+        method = run["experiment"], run["setting"] if run["epochs"] else "untrained"
+        if method in METHODS and "eval/knn_acc_short" in run:
+            splits = groups[method].setdefault(run["epochs"], {})
+            splits.setdefault(run["split"], {})[run["seed"]] = run  # the last, as in table.py
     return groups
 
 
@@ -135,7 +134,7 @@ def table(groups, features):
             cells = []
             for kind, split in COLUMNS:
                 runs = splits.get(split, {}).values()
-                cells.append(cell(runs, f"{method[2]}/{kind}_acc_{features}"))
+                cells.append(cell(runs, f"eval/{kind}_acc_{features}"))
             if set(cells) != {"–"}:
                 lines.append([label, str(epochs), ", ".join(seeds), *cells])
     return markdown(lines)
@@ -161,11 +160,11 @@ def front_table(groups):
         line = [label, str(lengths[-1]), str(len(runs))]
         for place, kind in ((2, "knn"), (3, "svm")):
             published = f"{PAPER[paper][0][place]:.2f}" if paper else "–"
-            ours = cell(runs, f"{method[2]}/{kind}_acc_short", with_std=False)
+            ours = cell(runs, f"eval/{kind}_acc_short", with_std=False)
             reached = paper and float(ours) >= float(published)
             line += [published, f"**{ours}**" if reached else ours]
         for metric, (_, digits) in IMAGES.items():
-            line.append(cell(runs, f"{method[2]}/{metric}", digits, with_std=False))
+            line.append(cell(runs, f"eval/{metric}", digits, with_std=False))
         lines.append(line)
     return markdown(lines)
 
