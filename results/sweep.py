@@ -134,7 +134,8 @@ def main(options):
         fail(f"cannot make {options.out_dir}: {error.strerror}; another --out-dir?")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // options.workers)))
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # python
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, even if it was ignored; kill
+        signal.signal(number, signal.default_int_handler)
     STOPPED.clear()
     with ThreadPoolExecutor(options.workers) as pool:
         try:
