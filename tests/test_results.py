@@ -18,11 +18,12 @@ import figures
 import numpy as np
 import paper_table
 import pytest
+import raw_pixels
 import svm_scale
 import sweep
 import table
 import torch
-from conftest import ROOT, toy_data
+from conftest import ROOT, toy_data, train
 from wandb import wandb_agent
 
 SWEEPS = sorted(ROOT.glob("*/sweeps/*.yaml"))
@@ -421,6 +422,16 @@ def test_tables_on_the_command_line(here, tmp_path, monkeypatch):
     for file in ("results/table.py", "step3_official_alae/paper_table.py"):
         refused = here(file, tmp_path / "none")
         assert refused.returncode == 2 and "no finished run" in refused.stderr
+
+
+def test_raw_pixels_are_a_run_of_no_epochs_and_a_row_of_table_1(tmp_path, monkeypatch):
+    how = {"--device": "cpu", "--out-dir": tmp_path, "--run-name": "dw"}
+    train(monkeypatch, raw_pixels, "--smoke", *sum(how.items(), ()))
+    groups = paper_table.gather(tmp_path)
+    (run,) = groups["raw_pixels", "untrained"][0]["dw"].values()
+    assert 50 < run["eval/knn_acc_short"] < 100
+    (row,) = cells(paper_table.front_table(groups))
+    assert row[:5] == ["raw pixels", "0", "1", "–", f"{run['eval/knn_acc_short']:.2f}"]
 
 
 def test_ours_stand_below_the_papers(tmp_path):
