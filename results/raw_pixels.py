@@ -2,7 +2,7 @@
 
     python results/raw_pixels.py    # --split sw: on held-out training images
 
-Expect, in %: 1-NN 96.9, a linear SVM 91.8.
+Expect (test images): 1-NN 96.9 %, a linear SVM 91.8 %.
 """
 
 import sys
@@ -24,7 +24,8 @@ class Config(shared.Protocol):
 def main(config):
     data = shared.load_data(config, shared.setup(config))
     run = shared.Run(config, data.x_train.device, nn.ModuleDict())
-    list(run.epochs({}))
+    for _ in run.epochs({}):
+        pass  # there are none, but it writes what a run begins with
     run.finish(shared.code_metrics(data, data.x_train, data.x_test, "short"))
 
 

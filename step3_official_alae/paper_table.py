@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shared
 
-METHODS = {  # (experiment, setting, or "untrained"): (the paper's row, ours)
+METHODS = {  # (experiment, setting or, after 0 epochs, "untrained"): (the paper's row, ours)
     ("autoencoder_mnist", "loss l1"): ("AE(l1)", "AE(l1)"),
     ("autoencoder_mnist", ""): ("AE(l2)", "AE(l2)"),
     ("latent_regressor_mnist", ""): ("LR", "LR"),
