@@ -26,6 +26,7 @@ Deviations from the paper (P) and the public code, R: github.com/rishabhd786/VAE
  5. R draws in training mode, where an image depends on its batch; here with batch norm's mean
     statistics over 64 batches of the same kind: of training images, of their μ, or of z_p.
  6. --method vae: p(x | z) = N(Dec(z), I) of pixels in [−1, 1]: ½‖x − x̃‖² + KL per image.
+ 7. --decay 0.5 (ours, off by default): rates that fall linearly to 0 over the second half.
 """
 
 import sys
@@ -53,12 +54,10 @@ class Config(shared.Protocol):
     width: float = option(0.0, "factor of all channels; 0: 1 on a GPU, else 0.25", low=0)
     image_size: int = option(0, "pixels of a side; 0: 64 on a GPU, else 32", (0, 32, 64))
     latent_dim: int = option(128, "dimension of z (R)", low=1)
-    init: str = option(
-        "normal", "Enc's and Dec's weights: N(0, 0.02²) (R) or PyTorch's", ("normal", "pytorch")
-    )
     lr: float = option(3e-4, "RMSprop's learning rate (paper §4, R)", low=1e-9)
     lr_Dis: float = option(3e-5, "that of Dis (R: the others' times its alpha, 0.1)", low=1e-9)
     alpha: float = option(0.99, "RMSprop's α (PyTorch's, R; not R's alpha)", low=0, high=1)
+    decay: float = option(0.0, "last share of the training, with falling rates", low=0, high=1.01)
     gamma: float = option(15.0, "weight γ of L_llike in Dec's loss (R)", low=0)
     gamma_enc: float = option(5.0, "weight of L_llike in Enc's loss (R; paper: 1)", low=0)
     precision: str = option("fp32", "of matrix products in training", ("fp32", "bf16"))
@@ -107,9 +106,7 @@ def build(config, C):
         nn.ConvTranspose2d(n32, C, 5, 1, 2),
         nn.Tanh(),
     )
-    nets = nn.ModuleDict({"Enc": Enc, "Dec": Dec})
-    if config.init == "normal":
-        nets.apply(start_normal)
+    nets = nn.ModuleDict({"Enc": Enc, "Dec": Dec}).apply(start_normal)
     if config.method == "vae":
         return nets
     features = nn.Sequential(
@@ -318,6 +315,9 @@ def main(config):
         for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
             if run.step_in_epoch == steps:  # its own
                 break  # its own
+            share = min(1.0, (1 - run.progress) / config.decay) if config.decay else 1.0  # its own
+            for name, opt in opts.items():  # its own
+                opt.param_groups[0]["lr"] = share * rates[name]  # its own
             x = to_x(data.x_train[i], data, config)  # its own
             losses = step(nets, opts, x, config)  # its own
             epoch_losses.append(losses)  # its own

@@ -74,12 +74,13 @@ def test_width_and_image_size(size):
     assert nets["Enc"][0].out_channels == 8 and nets["Dis"][0][0].out_channels == 4
 
 
-def test_initial_weights():
+def test_initial_weights(monkeypatch):
     """Convolutions and batch norm of Enc and Dec are rishabhd786's; all else is PyTorch's."""
     torch.manual_seed(0)
     ours = vae_gan.build(configure(width=0.25), 1)
     torch.manual_seed(0)
-    usual = vae_gan.build(configure(width=0.25, init="pytorch"), 1)
+    monkeypatch.setattr(vae_gan, "start_normal", lambda _: None)
+    usual = vae_gan.build(configure(width=0.25), 1)
     for name in ("Enc", "Dec"):
         for layer, other in zip(ours[name].modules(), usual[name].modules(), strict=True):
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -236,6 +237,12 @@ def test_main_gives_the_rates_stops_at_max_steps_and_shrinks_a_smoke_run(
     train(monkeypatch, vae_gan, *options, "--max-steps", 4)
     assert set(sizes) == {((64, 1, 32, 32), -1.0, 1 / 16)}
     assert rates == [pytest.approx({"Enc": 3e-4, "Dec": 3e-4, "Dis": 3e-5})] * 8
+
+    rates.clear()  # with --decay the last half of the 8 steps has 4/4, 3/4, 2/4, 1/4 of the rates
+    train(monkeypatch, vae_gan, *options, "--max-steps", 4, "--decay", 0.5, "--run-name", "decay")
+    shares = [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert [row["Enc"] for row in rates] == pytest.approx([3e-4 * share for share in shares])
+    assert [row["Dis"] for row in rates] == pytest.approx([3e-5 * share for share in shares])
 
 
 def test_losses_are_kept_by_iteration():
