@@ -105,10 +105,12 @@ def parse_config(Config, presets=None, argv=None):
         beside = BESIDE_RESUME if "resume" in given else BESIDE_EVAL
         if "random" not in checkpoint:  # a model.pt: one kind of weights
             beside = beside - {"eval_weights"}
-        if defaults.get("decay"):  # where there are epochs: the rate falls towards the last
+        if defaults.get("decay"):  # where there are epochs, the rate falls towards the last
             beside = beside - {"epochs"}
         for name in sorted(given.keys() - beside):
             fail(f"--{name.replace('_', '-')}: leave it out, {path} has its own")
+        if "dataset" not in given and given.get("split", "") > defaults["split"]:  # dw, sw, val
+            fail(f"--split {given['split']}: {path} may have been trained on its test images")
     if "eval" in given:
         defaults = {name: defaults[name] for name in defaults.keys() - OF_THE_MACHINE}
     return Config(**(defaults | given))
@@ -134,6 +136,7 @@ def load_checkpoint(path, Config):
 
 def setup(config):
     """Seeds PyTorch, makes a CPU fast, shortens a smoke run; returns the torch.device."""
+    signal.signal(signal.SIGINT, lambda *_: fail("interrupted, nothing was written", 130))
     torch.manual_seed(config.seed)
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is None or config.device == "cpu":
@@ -144,9 +147,9 @@ def setup(config):
     if getattr(config, "precision", "") == "bf16" and device.type == "cpu" and not has_bf16:
         print("--precision bf16: not on this processor, fp32 it is", file=sys.stderr)
         config.precision = "fp32"
-    if config.smoke and hasattr(config, "epochs"):
+    if config.smoke and not (config.resume or config.eval) and hasattr(config, "epochs"):
         config.epochs, config.eval_every = min(config.epochs, 2), 1
-    if config.smoke and hasattr(config, "steps"):
+    if config.smoke and not (config.resume or config.eval) and hasattr(config, "steps"):
         config.steps, config.eval_every = min(config.steps, 60), 20
     if platform.libc_ver()[0] == "glibc":  # keeps freed tensors: no page faults in the inner loop
         for name, bits in ((-1, 30), (-3, 25), (-3, 30)):  # M_TRIM_, M_MMAP_THRESHOLD, old and new
@@ -260,17 +263,17 @@ def load_archives(name, data_dir):
 
 def read_pictures(folder, size, limit):
     """Central squares of a folder's pictures: uint8 (N, size, size, 3), or (…, 1) if all grey."""
-    known = Image.registered_extensions()
+    known = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = sorted(path for path in folder.rglob("*.*") if path.suffix.lower() in known)
     if len(paths) < 100:
         fail(f"--dataset folder:{folder}: {len(paths)} pictures there, at least 100 are needed")
     pictures = []
     for path in tqdm(paths[:limit], "reading pictures", leave=False, delay=1):
         try:
-            image = ImageOps.fit(Image.open(path).convert("RGB"), (size, size), Image.LANCZOS)
+            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+            pictures.append(np.asarray(ImageOps.fit(image, (size, size), Image.LANCZOS)))
         except Exception as error:  # PIL raises many kinds
             fail(f"{path}: not a readable picture ({error})")
-        pictures.append(np.asarray(image))
     x = torch.from_numpy(np.stack(pictures))
     return x[..., :1] if (x == x[..., :1]).all() else x
 
@@ -402,7 +405,6 @@ class Run:
         self.bar = tqdm(desc=self.file.stem, mininterval=1 if sys.stderr.isatty() else 30, **how)
         for before in range(self.epoch, self.total, every):
             self.epoch = min(before + every, self.total)
-            self.untimed = min(3, (self.epoch - before) * self.epoch_steps - 1)  # warm-up
             self.sums, self.step_in_epoch = {}, 0
             self.begin, self.timed = time.perf_counter(), 0
             yield self.epoch
@@ -432,8 +434,6 @@ class Run:
         self.step_in_epoch += 1
         self.history["images_seen"] += images
         self.timed += images
-        if self.step_in_epoch == self.untimed:  # the clock runs from here
-            self.begin, self.timed = time.perf_counter(), 0
         self.bar.update()
         if self.step_in_epoch % 100 == 0:
             self._mean_losses()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpolate
+from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
 WEIGHTS = Path(__file__).with_name("lenet.pt")
 
@@ -33,11 +33,8 @@ def lenet(device, trained=True):
 
 @torch.no_grad()
 def judge(net, images):
-    """LeNet, or a part of it, on images (N, C, H, W), made grey, 28×28, clipped to [0, 1]."""
-    if images.shape[-1] != 28:
-        images = interpolate(images, (28, 28), mode="bilinear", antialias=True)
-    images = images.mean(1, keepdim=True).clamp(0, 1)
-    return torch.cat([net(part) for part in images.split(2000)])
+    """LeNet, or a part of it, on images (N, 1, 28, 28), clipped to [0, 1]."""
+    return torch.cat([net(part) for part in images.clamp(0, 1).split(2000)])
 
 
 def digits(images):

@@ -69,7 +69,7 @@ class Config(shared.Protocol):
     labels: bool = option(False, "give the one-hot class to P and D (scenarios 1 and 3)")
     latent_dim: int = option(5, "dimension of z (faces: 50)", low=1)
     norm_last: bool = option(True, "batch norm after the leaky ReLU (january), not before (head)")
-    bn_momentum: float = option(0.1, "weight of a batch in the running statistics", low=0)
+    bn_momentum: float = option(0.1, "a batch's share of running statistics", low=0, high=1.01)
     sums: bool = option(True, "sum L_rec over batch and pixels (january), or its mean (head)")
     one_pass: bool = option(False, "all gradients from one pass (head), or in phases (january)")
     rule: str = option("current", "balance by this batch, or the previous", ("current", "before"))

@@ -50,7 +50,7 @@ class Config(shared.Protocol):
     max_steps: int = option(0, "iterations of an epoch at most; 0: all", low=0)
     eval_every: int = option(1, "epochs between cheap evaluations, and pictures", low=1)
     batch_size: int = option(64, "images per iteration (paper §4, R)", low=2)
-    method: str = option("vae_gan", "VAE-GAN, or the VAE to compare", ("vae_gan", "vae"))
+    method: str = option("vae_gan", "VAE-GAN, or a VAE (no Dis, no γ)", ("vae_gan", "vae"))
     width: float = option(0.0, "factor of all channels; 0: 1 on a GPU, else 0.25", low=0)
     image_size: int = option(0, "pixels of a side; 0: 64 on a GPU, else 32", (0, 32, 64))
     latent_dim: int = option(128, "dimension of z (R)", low=1)

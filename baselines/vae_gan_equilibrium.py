@@ -224,7 +224,8 @@ def train_step(nets, opts, x, config):
     if config.swapped_labels:  # −log(1 − Dis(x)) − log Dis(x_p): the logits change their signs
         swapped = cross_entropies([-part for part in logits]).sum()
         g_swapped = grad(swapped, leaves, retain_graph=True, materialize_grads=True)
-    *g_Dis, g_rec, g_p = grad(gan, [*Dis.parameters(), *leaves], materialize_grads=True)
+    learning = [*Dis.parameters()] if train_Dis else []
+    *g_Dis, g_rec, g_p = grad(gan, [*learning, *leaves], materialize_grads=True)
     g_gan = g_swapped if config.swapped_labels else (-g_rec, -g_p)
     if train_Dis:
         descend(opts["Dis"], g_Dis)

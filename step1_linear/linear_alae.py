@@ -97,7 +97,7 @@ class Config(shared.Protocol):
     batch_size: int = option(512, "images per step (ours; paper: 128)", low=1)
     lr: float = option(0.004, "rate of E, F and G at the start (ours; paper: 0.002)", low=1e-9)
     lr_critic: float = option(0.001, "learning rate of D at the start (ours)", low=1e-9)
-    lr_end: float = option(0.01, "the rates fall linearly to this share (ours; 1: constant)", low=0)
+    lr_end: float = option(0.01, "rates fall to this share (ours; 1: constant)", low=0, high=1.01)
     critic: str = option("quadratic", "D: w → ℝ (ours)", ("linear", "quadratic", "mlp"))
     floor: float = option(0.07, "φ, with A = BᵀB + φνI in the quadratic critic (ours)", low=0)
     adversarial: str = option(

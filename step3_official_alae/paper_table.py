@@ -77,7 +77,7 @@ def summaries(folder):
     for path in sorted(folder.rglob("summary.json")) or sorted(folder.rglob("*.json")):
         summary = json.loads(path.read_text())
         name = "metrics.csv" if path.name == "summary.json" else f"{path.stem}.csv"
-        if summary.get("status") == "done":
+        if isinstance(summary, dict) and summary.get("status") == "done":
             evaluated = re.search(r"--eval[= ](\S+)", summary["commands"][-1])
             if evaluated:  # no training of its own
                 words = [summary["setting"], f"--eval {Path(evaluated[1]).name}"]
@@ -217,7 +217,7 @@ def main(folder):
         shared.fail(f"no finished run below {folder or 'results'} whose setting is among METHODS")
     for name, make in TABLES.items():
         if folder:
-            print(make(groups))
+            print(f"## {name}\n\n{make(groups)}")
         else:
             (shared.ROOT / f"results/paper_table/{name}.md").write_text(make(groups))
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+import signal
 
 import shared
 
@@ -41,6 +42,7 @@ CASES = [
     (FC_ALAE, ["--resume", "{root}/assets/fc_alae.pt"], "no checkpoint.pt with at most"),
     (FC_ALAE, ["--resume", "{tmp}/preset.pt"], "not of this version"),
     (FC_ALAE, ["--eval", "{root}/assets/fc_alae.pt", "--lr", "1"], "--lr: leave it out"),
+    (FC_ALAE, ["--eval", "{root}/assets/fc_alae.pt", "--split", "val"], "trained on its test"),
     (LINEAR, ["--smoke", "--k", "784"], "spans 624 dimensions"),
     (REFIT, ["--model", "{tmp}/nothing.pt"], "cannot be read"),
     (REFIT, ["--model", "{tmp}/other.pt"], "no model.pt of train_fc_alae.py"),
@@ -81,6 +83,13 @@ def test_refused_in_a_line(file, arguments, fragment, bad, here, tmp_path):
         arguments += ["--out-dir", tmp_path]
     assert_refused(here(file, *arguments), fragment)
     assert not list(tmp_path.glob("*/*")), "a run's folder was left"
+
+
+def test_ctrl_c_while_pictures_are_read_is_told_in_a_line(here, monkeypatch):
+    monkeypatch.setattr(shared, "load_data", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    done = here(FC_ALAE, "--smoke")
+    assert done.returncode == 130 and done.stderr.count("\n") == 1, done.stderr
+    assert "interrupted, nothing was written" in done.stderr
 
 
 def test_a_model_of_other_images_is_refused_before_anything_is_written(here, tmp_path):

@@ -278,6 +278,7 @@ def test_settings_splits_and_lengths_have_rows_of_their_own():
 def test_unfinished_runs_do_not_count_and_evaluations_are_told_from_trainings(tmp_path):
     again = summary(0, 90.0, run="c", commands=["python e.py --eval assets/model.pt"])
     runs = [summary(0, 90.0, run="a"), summary(1, 1.0, run="b", status="interrupted"), again]
+    (tmp_path / "list.json").write_text("[]")  # of some other program
     found = table.summaries(write(tmp_path, *runs))
     assert [s["run"] for s in found] == ["a", "c"]
     assert found[1]["setting"] == "lr 0.004, --eval model.pt"

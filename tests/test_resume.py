@@ -86,6 +86,16 @@ def test_eval_measures_model_and_checkpoint_without_training(
         assert metrics
 
 
+@pytest.mark.parametrize("way", ("resume", "eval"))
+def test_a_smoke_run_is_shortened_only_at_its_start(way):
+    for name, length, short in (("train_fc_alae", "epochs", 2), ("linear_alae", "steps", 60)):
+        Config = importlib.import_module(name).Config
+        for expected, more in ((short, {}), (90, {way: "model.pt"})):
+            config = Config(smoke=True, **{length: 90}, **more)
+            shared.setup(config)
+            assert getattr(config, length) == expected
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_epochs_evaluates_the_untrained_nets(name, cheap, few_images, tmp_path, monkeypatch):
     module = importlib.import_module(name)
