@@ -109,7 +109,7 @@ def parse_config(Config, presets=None, argv=None):
             beside = beside - {"epochs"}
         for name in sorted(given.keys() - beside):
             fail(f"--{name.replace('_', '-')}: leave it out, {path} has its own")
-        if "dataset" not in given and given.get("split", "") > defaults["split"]:  # dw, sw, val
+        if "dataset" not in given and given.get("split", "") > defaults["split"]:  # dw → sw → val
             fail(f"--split {given['split']}: {path} may have been trained on its test images")
     if "eval" in given:
         defaults = {name: defaults[name] for name in defaults.keys() - OF_THE_MACHINE}
