@@ -57,11 +57,11 @@ def fail(message, code=2):
 
 def option(default, help, choices=None, low=None, high=2**63):
     """A dataclass field that becomes a command-line option, with low ≤ its value < high."""
-    how = {"type": type(default), "choices": choices}
+    kwargs = {"type": type(default), "choices": choices}
     if isinstance(default, bool):
-        how = {"action": argparse.BooleanOptionalAction}
-    how["help"] = f"{help} (default: {default})".replace("%", "%%").replace(" (default: )", "")
-    return field(default=default, metadata={"low": low, "high": high, "argument": how})
+        kwargs = {"action": argparse.BooleanOptionalAction}
+    kwargs["help"] = f"{help} (default: {default})".replace("%", "%%").replace(" (default: )", "")
+    return field(default=default, metadata={"low": low, "high": high, "argument": kwargs})
 
 
 @dataclass
@@ -97,7 +97,7 @@ def parse_config(Config, presets=None, argv=None):
         low, high, value = f.metadata["low"], f.metadata["high"], given.get(f.name)
         if low is not None and value is not None and not low <= value < high:
             fail(f"--{f.name.replace('_', '-')} {value}: must be in [{low}, {high:.3g})")
-    defaults = (presets or {}).get(given.get("preset", getattr(Config, "preset", "")), {})
+    defaults = presets[given.get("preset", Config.preset)] if presets else {}
     path = given.get("resume") or given.get("eval")
     if path:
         checkpoint = load_checkpoint(path, Config)
@@ -109,8 +109,9 @@ def parse_config(Config, presets=None, argv=None):
             beside = beside - {"epochs"}
         for name in sorted(given.keys() - beside):
             fail(f"--{name.replace('_', '-')}: leave it out, {path} has its own")
-        if "dataset" not in given and given.get("split", "") > defaults["split"]:  # dw → sw → val
-            fail(f"--split {given['split']}: {path} may have been trained on its test images")
+        asked = defaults | given  # the splits' order: dw, sw, val
+        if asked["dataset"] == defaults["dataset"] and asked["split"] > defaults["split"]:
+            fail(f"--split {asked['split']}: {path} may have been trained on its test images")
     if "eval" in given:
         defaults = {name: defaults[name] for name in defaults.keys() - OF_THE_MACHINE}
     return Config(**(defaults | given))
@@ -169,8 +170,7 @@ def fastest_exact_matmul(device):
 
 
 def products(config, device):
-    """A context for one step of an algorithm: products and convolutions in bf16, if config says so.
-    Not to be nested: autocast keeps its copies of weights until the outermost context ends."""
+    """Products in bf16, if config says so; for one step of an algorithm, see results/bf16.md."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
@@ -219,26 +219,25 @@ class Data(NamedTuple):
 def load_data(config, device, size=64):
     """Data of config.dataset and config.split; pictures of a folder become squares of that size.
 
-    dw tests on the official test images, sw on a sixth of the others, val, for choices, on another
-    sixth; they train on 60,000, 50,000 and 40,000 images of MNIST. A folder's dw is its sw.
+    Test images: dw official, sw a sixth of the others, val another sixth; a folder's dw is its sw.
     """
     name, limit = config.dataset, (2000 if config.smoke else 10**9)
     if name.startswith("folder:"):
         x = read_pictures(Path(name.removeprefix("folder:")).expanduser(), size, limit)
-        y, test = torch.zeros(len(x)), None
+        y, x_test = torch.zeros(len(x)), None
     elif name in DATASETS:
-        (x, y), test = load_archives(name, config.data_dir)
+        (x, y), (x_test, y_test) = load_archives(name, config.data_dir)
     else:
         fail(f"--dataset {name}: unknown; choose {', '.join(DATASETS)} or folder:PATH")
-    if config.split != "dw" or test is None:
+    if config.split != "dw" or x_test is None:
         n = len(x) // 6
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
         if config.split == "val":
             order = order[n:]  # without the test images of sw
-        test = x[order[:n]], y[order[:n]]
+        x_test, y_test = x[order[:n]], y[order[:n]]
         x, y = x[order[n:]], y[order[n:]]
     x, y = to_images(x[:limit], device), y[:limit].to(device)
-    x_test, y_test = to_images(test[0][: limit // 2], device), test[1][: limit // 2].to(device)
+    x_test, y_test = to_images(x_test[: limit // 2], device), y_test[: limit // 2].to(device)
     if len(x) < getattr(config, "batch_size", 1):
         fail(f"--batch-size {config.batch_size}: there are only {len(x)} training images")
     data = Data(name, x.flatten(1), y, x_test.flatten(1), y_test, x.shape[1:])
@@ -287,7 +286,7 @@ def batches(x, batch_size, seed, epoch):
 
 
 def step_batches(x, config, end):
-    """The same by steps: (step, indices) from the last multiple of eval_every to the step `end`."""
+    """For files that count steps: (step, indices) of the row of metrics that ends with `end`."""
     for step in range((end - 1) // config.eval_every * config.eval_every, end):
         epoch, place = divmod(step, len(x) // config.batch_size)
         yield step + 1, batches(x, config.batch_size, config.seed, epoch)[place]
@@ -376,8 +375,8 @@ class Run:
             import wandb
 
             self.image = wandb.Image
-            how = {"resume": "allow", "config": asdict(self.config)}
-            return wandb.init(id=self.history["id"], **names, **how)
+            kwargs = {"resume": "allow", "config": asdict(self.config)}
+            return wandb.init(id=self.history["id"], **names, **kwargs)
         except (Exception, KeyboardInterrupt) as error:  # not installed, not logged in, no network
             if not self.config.resume:
                 self.dir.rmdir()
@@ -401,12 +400,11 @@ class Run:
         if self.config.eval:
             return
         every = 1 if self.unit == "epoch" else self.config.eval_every
-        how = {"initial": self.epoch * self.epoch_steps, "total": self.total * self.epoch_steps}
-        self.bar = tqdm(desc=self.file.stem, mininterval=1 if sys.stderr.isatty() else 30, **how)
+        kwargs = {"initial": self.epoch * self.epoch_steps, "total": self.total * self.epoch_steps}
+        self.bar = tqdm(desc=self.file.stem, mininterval=1 if sys.stderr.isatty() else 30, **kwargs)
         for before in range(self.epoch, self.total, every):
             self.epoch = min(before + every, self.total)
             self.sums, self.step_in_epoch = {}, 0
-            self.begin, self.timed = time.perf_counter(), 0
             yield self.epoch
 
     def _restore(self, parts):
@@ -428,12 +426,13 @@ class Run:
         return (self.epoch - 1 + self.step_in_epoch / self.epoch_steps) / self.total
 
     def step(self, losses, images):
-        """After each training step on so many images: its losses {name: tensor ()}."""
+        """After each training step on so many images: its losses {name: tensor () or bool}."""
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0) + loss
         self.step_in_epoch += 1
         self.history["images_seen"] += images
-        self.timed += images
+        if self.step_in_epoch == 1:  # from here on the speed is measured
+            self.begin, self.images_before = time.perf_counter(), self.history["images_seen"]
         self.bar.update()
         if self.step_in_epoch % 100 == 0:
             self._mean_losses()
@@ -451,8 +450,9 @@ class Run:
     def log_losses(self):
         """The epoch's mean losses, and images per second, as a new row of metrics.csv."""
         losses = self._mean_losses()  # waits for the device
-        speed = self.timed / (time.perf_counter() - self.begin)
-        self.log(losses | {"perf/images_per_s": speed})
+        seconds = time.perf_counter() - self.begin
+        images = self.history["images_seen"] - self.images_before
+        self.log(losses | ({"perf/images_per_s": images / seconds} if images else {}))
 
     def log(self, metrics):
         """Adds metrics to this epoch's row, in metrics.csv, summary.json and W&B."""

@@ -7,15 +7,15 @@ from torch.nn.functional import normalize
 
 
 def sliced_wasserstein(a, b):
-    """Mean over 200 directions of the 1-Wasserstein distance between projections of (N, Z)."""
+    """Mean over 200 directions of the 1-Wasserstein distance of a and b (N, Z), projected."""
     generator = torch.Generator().manual_seed(0)
     theta = normalize(torch.randn(a.shape[1], 200, generator=generator), dim=0).to(a)
     return ((a @ theta).sort(0).values - (b @ theta).sort(0).values).abs().mean().item()
 
 
 def gaps(z_train, z_test, draws):
-    """Mean distances to an even number of draws of the prior (M, Z), of which every second is used:
-    of codes z_test (M, Z), and of as many of z_train. The floor: of each draw to the next."""
+    """Mean distances to every second of an even number of draws of the prior, (M, Z) each: those of
+    z_test (M, Z), of the first M of z_train and, as the floor, of the draw before it."""
     first, second = draws[::2], draws[1::2]
     z_train = z_train[: len(z_test)]
     return {

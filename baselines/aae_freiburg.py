@@ -204,11 +204,11 @@ def train_step(nets, opts, x, y, config, before):
 
 def optimizers(nets, config):
     """One for each role (Q has two), and for each the rule of deviation 1; --patience 0: none."""
-    kind, how = torch.optim.Adam, {"betas": (0.5, 0.999), "fused": True}
+    Optimizer, kwargs = torch.optim.Adam, {"betas": (0.5, 0.999), "fused": True}
     if config.optimizer == "rmsprop":
-        kind, how = torch.optim.RMSprop, {"alpha": 0.9, "eps": 1e-5}
+        Optimizer, kwargs = torch.optim.RMSprop, {"alpha": 0.9, "eps": 1e-5}
     rates = {"Q_rec": config.lr, "P": config.lr, "D": config.lr_D, "Q_reg": config.lr_Q}
-    opts = {role: kind(nets[role[0]].parameters(), lr, **how) for role, lr in rates.items()}
+    opts = {role: Optimizer(nets[role[0]].parameters(), lr, **kwargs) for role, lr in rates.items()}
     patience = config.patience - 1 if config.patience else math.inf  # PyTorch cuts one epoch later
     plateau = {"factor": 0.2, "patience": patience, "threshold": 0.01}
     return opts, {f"plateau_{role}": ReduceLROnPlateau(opts[role], **plateau) for role in opts}
@@ -282,8 +282,8 @@ def movie(run, name, images, frames):
         sheet = make_grid(shades, math.isqrt(len(part)), padding=0)  # (3, n H, n W)
         sheets.append(to_pil_image(sheet.mul(17).byte()).quantize(64))
     first, *others = sheets
-    how = {"save_all": True, "append_images": others, "duration": 100, "loop": 0}
-    shared.write_file(run.dir / f"{name}.gif", lambda path: first.save(path, "GIF", **how))
+    kwargs = {"save_all": True, "append_images": others, "duration": 100, "loop": 0}
+    shared.write_file(run.dir / f"{name}.gif", lambda path: first.save(path, "GIF", **kwargs))
 
 
 def animate(run, data, config):
@@ -314,7 +314,7 @@ def main(config):
     y_train, _ = given_labels(data, config)
     nets = build(config, data.shape, y_train.shape[1]).to(device)
     opts, plateaus = optimizers(nets, config)
-    parts = {"nets": nets, **opts, **plateaus}
+    parts = {"nets": nets} | opts | plateaus
 
     run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)
     for epoch in run.epochs(parts):

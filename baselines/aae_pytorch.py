@@ -23,7 +23,6 @@ Deviations from that code, README and script (commit 30c05b6):
  5. Paper: SGD with momentum, no dropout, and a squared error.
 """
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,9 +210,9 @@ def draw(run, data, config):
 def main(config):
     device = shared.setup(config)
     data = shared.load_data(config, device, size=32)
-    nets = build(config, math.prod(data.shape)).to(device)
+    nets = build(config, data.x_train.shape[1]).to(device)
     opts = optimizers(nets, config)
-    parts = {"nets": nets, **opts}
+    parts = {"nets": nets} | opts
 
     run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)
     for epoch in run.epochs(parts):

@@ -317,7 +317,7 @@ def main(config):
         chosen = balanced(data.y_train, config.labels, config.seed)
     nets = build(config, data.x_train.shape[1], K).to(device)
     opts = optimizers(nets, config)
-    parts = {"nets": nets, **opts}
+    parts = {"nets": nets} | opts
 
     run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)
     for epoch in run.epochs(parts):

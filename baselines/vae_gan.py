@@ -142,7 +142,7 @@ def L_llike(f, f_rec):
 def L_GAN(logits):
     """−log Dis(x) − log(1 − Dis(x̃)) − log(1 − Dis(x_p)), means over the batch."""
     real, rec, fake = logits  # (B, 1) each
-    return torch.stack([softplus(-real), softplus(rec), softplus(fake)]).mean((1, 2)).sum()
+    return (softplus(-real) + softplus(rec) + softplus(fake)).mean()
 
 
 def descend(optimizer, gradients):
@@ -293,8 +293,8 @@ def draw(run, data, config):
 
 def main(config):
     device = shared.setup(config)
-    config.width = config.width or (1.0 if device.type == "cuda" else 0.25)
-    config.image_size = config.image_size or (64 if device.type == "cuda" else 32)
+    config.width = config.width or (0.25 if device.type == "cpu" else 1.0)
+    config.image_size = config.image_size or (32 if device.type == "cpu" else 64)
     if config.smoke and not config.eval:
         config.width, config.image_size = min(config.width, 1 / 16), 32
     data = shared.load_data(config, device, size=config.image_size)
@@ -316,8 +316,8 @@ def main(config):
             if run.step_in_epoch == steps:  # its own
                 break  # its own
             share = min(1.0, (1 - run.progress) / config.decay) if config.decay else 1.0  # its own
-            for name, opt in opts.items():  # its own
-                opt.param_groups[0]["lr"] = share * rates[name]  # its own
+            for opt in opts.values():  # its own
+                opt.param_groups[0]["lr"] = share * opt.defaults["lr"]  # its own
             x = to_x(data.x_train[i], data, config)  # its own
             losses = step(nets, opts, x, config)  # its own
             epoch_losses.append(losses)  # its own

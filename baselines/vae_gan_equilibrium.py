@@ -217,21 +217,21 @@ def train_step(nets, opts, x, config):
     prior, llike = L_prior(mu, log_var), L_llike(f, f_rec)
     terms = cross_entropies(logits)
     gan = terms.sum()
-    train_Dis, train_Dec = who_trains(terms / len(x), config)
+    trains_Dis, trains_Dec = who_trains(terms / len(x), config)
 
     # Gradients of L_llike and of Dec's GAN loss at x̃ and x_p. Dis learns from L_GAN alone.
     g_llike = grad(llike, leaves, retain_graph=True, materialize_grads=True)
     if config.swapped_labels:  # −log(1 − Dis(x)) − log Dis(x_p): the logits change their signs
         swapped = cross_entropies([-part for part in logits]).sum()
         g_swapped = grad(swapped, leaves, retain_graph=True, materialize_grads=True)
-    learning = [*Dis.parameters()] if train_Dis else []
+    learning = [*Dis.parameters()] if trains_Dis else []
     *g_Dis, g_rec, g_p = grad(gan, [*learning, *leaves], materialize_grads=True)
     g_gan = g_swapped if config.swapped_labels else (-g_rec, -g_p)
-    if train_Dis:
+    if trains_Dis:
         descend(opts["Dis"], g_Dis)
     # Gradient of γ_E L_llike at z, through Dec: it is for Enc alone, not for Dec's weights.
     (g_z,) = grad(fakes[0], [z], config.gamma_enc * g_llike[0], retain_graph=True)
-    if train_Dec:  # λ L_llike − (1 − λ) L_GAN
+    if trains_Dec:  # λ L_llike − (1 − λ) L_GAN
         share = config.lambda_mse
         g_Dec = [share * g + (1 - share) * h for g, h in zip(g_llike, g_gan, strict=True)]
         descend(opts["Dec"], grad(fakes, [*Dec.parameters()], g_Dec))
@@ -239,7 +239,7 @@ def train_step(nets, opts, x, config):
     descend(opts["Enc"], grad([prior, z], [*Enc.parameters()], [None, g_z]))
     sums = {"L_prior": prior, "L_llike": llike, "L_GAN": gan}
     losses = {name: loss.detach() / len(x) for name, loss in sums.items()}  # of one image
-    return losses | {"trains_Dis": torch.tensor(train_Dis), "trains_Dec": torch.tensor(train_Dec)}
+    return losses | {"trains_Dis": trains_Dis, "trains_Dec": trains_Dec}
 
 
 def to_x(pixels, data, config):
@@ -306,8 +306,8 @@ def draw(run, data, config):
 
 def main(config):
     device = shared.setup(config)
-    config.width = config.width or (1.0 if device.type == "cuda" else 0.25)
-    config.image_size = config.image_size or (64 if device.type == "cuda" else 32)
+    config.width = config.width or (0.25 if device.type == "cpu" else 1.0)
+    config.image_size = config.image_size or (32 if device.type == "cpu" else 64)
     if config.smoke and not config.eval:
         config.width, config.image_size = min(config.width, 1 / 16), 32
     data = shared.load_data(config, device, size=config.image_size)

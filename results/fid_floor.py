@@ -57,6 +57,6 @@ def main():
 
 
 if __name__ == "__main__":
-    how = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    argparse.ArgumentParser(description=__doc__, **how).parse_args()
+    kwargs = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    argparse.ArgumentParser(description=__doc__, **kwargs).parse_args()
     main()

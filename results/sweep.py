@@ -100,8 +100,8 @@ def train(folder, command):
         else:
             shutil.rmtree(folder, ignore_errors=True)  # stopped before its first epoch was over
         print(f"{folder.name} {'goes on' if '--resume' in command else 'starts'}", flush=True)
-        how = {"cwd": ROOT, "stdout": log, "stderr": log, "start_new_session": True}
-        process = subprocess.Popen(command, **how)
+        kwargs = {"cwd": ROOT, "stdout": log, "stderr": log, "start_new_session": True}
+        process = subprocess.Popen(command, **kwargs)
         RUNNING.append(process)
         if STOPPED.is_set():  # Ctrl-C came while it was being started
             process.send_signal(signal.SIGINT)

@@ -118,16 +118,16 @@ class Config(shared.Protocol):
 
 
 class Quadratic(nn.Module):
-    """D(w) = wᵀAw − c, A = BᵀB + floor I, for w (B, k); floor: φν."""
+    """D(w) = wᵀAw − c, A = BᵀB + least I, for w (B, k); least: φν."""
 
-    def __init__(self, k, floor):
+    def __init__(self, k, least):
         super().__init__()
         self.B = nn.Parameter(0.1 * torch.eye(k))
         self.c = nn.Parameter(torch.zeros(()))
-        self.floor = floor
+        self.least = least
 
     def forward(self, w):
-        return (w @ self.B.T).square().sum(1) + self.floor * w.square().sum(1) - self.c
+        return (w @ self.B.T).square().sum(1) + self.least * w.square().sum(1) - self.c
 
 
 def build(config, x):
@@ -156,16 +156,16 @@ def build(config, x):
 
 def adam(*groups):
     """Adam for groups (parameters, learning rate at the start)."""
-    groups = [{"params": list(params), "lr": lr, "first_lr": lr} for params, lr in groups]
+    groups = [{"params": params, "lr": lr, "first_lr": lr} for params, lr in groups]
     return torch.optim.Adam(groups, betas=(0.0, 0.99), fused=True)
 
 
 def optimizers(nets, config):
-    F, G, E, D = (nets[name].parameters() for name in "FGED")
+    F, G, E, D = (list(nets[name].parameters()) for name in "FGED")
     opts = {"opt_ED": adam((E, config.lr), (D, config.lr_critic))}
-    opts["opt_FG"] = adam(([*F, *G], config.lr))
+    opts["opt_FG"] = adam((F + G, config.lr))
     if config.adams == "steps":
-        opts["opt_EG"] = adam(([nets["E"].weight, nets["G"].weight], config.lr))
+        opts["opt_EG"] = adam((E + G, config.lr))
     return opts
 
 

@@ -32,7 +32,8 @@ That PCA is the optimum of a linear G against a quadratic critic is due to Feizi
     z ~ N(0, I) in place of weight decay and uniform z.
  2. The ridge ρ.
  3. A squared error for E, no cross-entropy.
- 4. x is scaled to the energy of z, ⟨‖x‖²⟩ = k, and the learning rates fall linearly to 1 %.
+ 4. x is scaled to the energy of z, ⟨‖x‖²⟩ = k. Adam has β = (0, 0.99), as ALAE's, and its rates
+    fall linearly to 1 %. G starts at a tenth of PyTorch's initial weights, and E not at 0.
  5. D, G and E move one after the other, each on a fresh z; in BiGAN's code all at once.
 """
 
@@ -134,7 +135,7 @@ def train_step(nets, opts, x, config):
 
     adv_D, r1 = L_adv_D(G, D, x, z[0], config.gamma)
     nets.zero_grad()
-    (adv_D + r1).backward()
+    (adv_D + r1).backward(inputs=list(D.parameters()))
     opts["opt_D"].step()
 
     adv_G = L_adv_G(G, D, z[1])
@@ -142,7 +143,7 @@ def train_step(nets, opts, x, config):
     if config.joint:
         loss_G = adv_G + config.joint_weight * L_err_E(G, E.detach(), z[1])
     nets.zero_grad()
-    loss_G.backward()
+    loss_G.backward(inputs=[G])
     opts["opt_G"].step()
 
     err = L_err_E(G.detach(), E, z[2])

@@ -133,10 +133,8 @@ def train_step(nets, opt_ED, opt_FG, opt_EG, x, config):
     opt_FG.step()
 
     # Step III: E inverts G, on latents.
-    with torch.no_grad():
-        w = F(z[2])  # (B, W)
     with shared.products(config, x.device):
-        loss_err = L_err_EG(E, G, w)
+        loss_err = L_err_EG(E, G, F(z[2]).detach())  # F does not move (deviation 2)
     opt_EG.zero_grad()
     loss_err.backward(inputs=[*E.parameters(), *G.parameters()])
     opt_EG.step()

@@ -143,7 +143,7 @@ def train_step(nets, opt_D, opt_G, x, config):
                 x_fake = G(torch.randn(len(x_real), config.latent_dim, device=x.device))
             loss_D, penalty = L_D(D, x_real, x_fake, config)
         opt_D.zero_grad()
-        (loss_D + penalty).backward()
+        (loss_D + penalty).backward(inputs=list(D.parameters()))
         opt_D.step()
 
     z = torch.randn(len(x) // config.critic_steps, config.latent_dim, device=x.device)

@@ -154,12 +154,12 @@ def settle(nets, x_train, config):
         if isinstance(module, nn.BatchNorm1d):
             module.reset_running_stats()
     generator = torch.Generator(x_train.device).manual_seed(0)
-    how = {"device": x_train.device, "generator": generator}
+    kwargs = {"device": x_train.device, "generator": generator}
     nets.train()
     for _ in range(20 if config.smoke else 1000):
-        i = torch.randint(len(x_train), (config.batch_size,), **how)
+        i = torch.randint(len(x_train), (config.batch_size,), **kwargs)
         nets["E"](x_train[i])
-        nets["G"](2 * torch.rand(config.batch_size, config.latent_dim, **how) - 1)
+        nets["G"](2 * torch.rand(config.batch_size, config.latent_dim, **kwargs) - 1)
 
 
 def fixed_z(n, config, device):
@@ -210,8 +210,8 @@ def main(config):
     nets = build(config, data.x_train.shape[1]).to(device)
 
     def adam(net):  # as train_gan.py
-        how = {"weight_decay": config.weight_decay, "fused": True}
-        return torch.optim.Adam(net.parameters(), config.lr, (0.5, 0.999), **how)
+        kwargs = {"weight_decay": config.weight_decay, "fused": True}
+        return torch.optim.Adam(net.parameters(), config.lr, (0.5, 0.999), **kwargs)
 
     opt_D = adam(nets["D"])
     opt_G = adam(nets["G"])

@@ -262,7 +262,6 @@ def main(config):
     data = shared.load_data(config, device)
     nets, opts = start(config, data.x_train.shape[1], device)
     parts = {"nets": nets} | opts
-    torch.manual_seed(config.seed)
 
     run = shared.Run(config, device, nets, len(data.x_train) // config.batch_size)
     for epoch in run.epochs(parts):

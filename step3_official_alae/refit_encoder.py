@@ -52,7 +52,9 @@ class Config(shared.Protocol):
     epochs: int = option(10, "passes over as many codes as there are training images", low=0)
     batch_size: int = option(128, "codes per step", low=1)
     lr: float = option(0.001, "Adam's rate at the start", low=1e-9)
-    decay: float = option(1.0, "last share, with a rate that falls to 0", low=0.01, high=1.01)
+    decay: float = option(
+        1.0, "last share of the training, with a falling rate", low=0.01, high=1.01
+    )
     noise: float = option(0.5, "σ: noise on w, in standard deviations of w", low=0)
     descent_steps: int = option(100, "steps of the descent", low=0)
     descent_lr: float = option(0.05, "Adam's rate in the descent", low=1e-9)

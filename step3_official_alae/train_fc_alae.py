@@ -221,13 +221,10 @@ def train_step(nets, opt_ED, opt_FG, x, config):
     # Step III: E inverts G, on latents.
     with shared.products(config, x.device):
         loss_err = L_err_EG(E, G, F(z[2]))
-    opt_ED.zero_grad()
+    E.zero_grad()
+    D.zero_grad(set_to_none=False)  # zeros, not None: its second moment decays (deviation 2)
     opt_FG.zero_grad()
-    (config.err_weight * loss_err).backward(
-        inputs=[*E.parameters(), *F.parameters(), *G.parameters()]
-    )
-    for p in D.parameters():  # zeros, not None: its second moment decays (deviation 2)
-        p.grad = torch.zeros_like(p)
+    (config.err_weight * loss_err).backward()
     opt_ED.step()
     opt_FG.step()
 

@@ -9,7 +9,7 @@ import fid_floor
 import pytest
 import torch
 import train_fc_alae as alae
-from conftest import FC_ALAE, ROOT, toy_data, train, watch
+from conftest import FC_ALAE, ROOT, record, toy_data, train, watch
 from torch import nn
 from torch.nn.functional import leaky_relu, softplus
 
@@ -273,23 +273,11 @@ def test_options_of_the_networks():
 
 @pytest.mark.parametrize("input_range", ["01", "11"])
 def test_evaluate_looks_at_the_right_images_and_features(input_range, monkeypatch):
-    """A spy in place of the instruments: what is handed to them?"""
     data = toy_data(30, 20, size=16)
     config = alae.Config(latent_dim=3, input_range=input_range)
     torch.manual_seed(0)
     nets = alae.build(config, 16)
-    handed = {}
-
-    def images(data, x_rec=None, x_fake=None):
-        handed["images"] = x_rec, x_fake
-        return {}
-
-    def codes(data, train, test, kind, full=True):
-        handed[kind] = train, test
-        return {}
-
-    monkeypatch.setattr(shared, "image_metrics", images)
-    monkeypatch.setattr(shared, "code_metrics", codes)
+    given = record(monkeypatch)
     alae.evaluate(nets, data, config, full=True)
     F, G, E = nets["F"], nets["G"], nets["E"]
 
@@ -301,11 +289,10 @@ def test_evaluate_looks_at_the_right_images_and_features(input_range, monkeypatc
 
     z = torch.randn(len(data.x_test), 3, generator=torch.Generator().manual_seed(0))
     close = torch.testing.assert_close
-    close(handed["images"][0], decode(encode(data.x_test)))
-    close(handed["images"][1], decode(F(z)))
-    close(handed["short"], (encode(data.x_train), encode(data.x_test)))
-    close(handed["long"], (encode(data.x_train, 4), encode(data.x_test, 4)))
-    assert handed["long"][0].shape == (30, 1024)
+    close(given["images"], [(decode(encode(data.x_test)), decode(F(z)))])
+    close(given["short"], (encode(data.x_train), encode(data.x_test)))
+    close(given["long"], (encode(data.x_train, 4), encode(data.x_test, 4)))
+    assert given["long"][0].shape == (30, 1024)
 
 
 @pytest.mark.parametrize("which", ["raw", "ema"])

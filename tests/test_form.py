@@ -76,8 +76,7 @@ def test_every_number_has_a_least_value_and_counts_are_not_0(name):
 
 
 def test_no_public_repository_is_called_by_a_number_of_ours():
-    root = Path(__file__).resolve().parents[1]
-    pages = [*root.glob("*.md"), *root.glob("*/*.md"), *root.glob("*/*.py"), *root.glob("*.py")]
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("*/*.py"), *ROOT.glob("*.py")]
     found = [page for page in pages if re.search("seed ?00[0-4]", page.read_text())]
     assert not found
 

@@ -69,9 +69,10 @@ def forces(nets, x, config):
     """The largest gradient in each of the three steps, at exact second moments of z."""
     E, G, B = nets["E"].weight, nets["G"].weight, nets["D"].B
     found = []
+    losses = losses_of(nets, x, whitened(len(x), K), config)
     moved = ([E, B], [G], [E, G])
-    for loss, of in zip(losses_of(nets, x, whitened(len(x), K), config), moved, strict=True):
-        gradients = torch.autograd.grad(loss, of, allow_unused=True)
+    for loss, parameters in zip(losses, moved, strict=True):
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         found.append(max(g.abs().max().item() for g in gradients if g is not None))
     return found
 
@@ -166,9 +167,9 @@ def test_the_top_eigenspace_attracts_and_another_does_not(float64):
         E.data += 0.05 * torch.randn(2, 4)
         z = whitened(40, 2)
         for _ in range(steps):
-            for i, of in enumerate(([E, B], [G], [E, G])):
+            for i, moved in enumerate(([E, B], [G], [E, G])):
                 loss = losses_of(nets, x, z, config)[i]
-                for parameter, g in zip(of, torch.autograd.grad(loss, of), strict=True):
+                for parameter, g in zip(moved, torch.autograd.grad(loss, moved), strict=True):
                     parameter.data -= eta * g
         V = torch.eye(4)[:, kept]
         return shared.pca.angle(E.detach().T, V)

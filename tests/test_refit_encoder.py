@@ -9,7 +9,7 @@ import pytest
 import refit_encoder as refit
 import torch
 import train_fc_alae as alae
-from conftest import FC_ALAE, ROOT, assert_same, toy_data, train, watch
+from conftest import FC_ALAE, ROOT, assert_same, record, toy_data, train, watch
 from torch import nn
 
 FILE = "step3_official_alae/refit_encoder.py"
@@ -93,23 +93,6 @@ def test_a_folder_with_few_pictures_has_fewer_in_the_picture(monkeypatch):
     assert len(shown["comparison"]) == 4 * 10
 
 
-def keep_all(monkeypatch):
-    """What the instruments are given: {"images", "short", "long": a list of their arguments}."""
-    given = {"images": [], "short": [], "long": []}
-
-    def image_metrics(data, *images):
-        given["images"].append(images)
-        return {}
-
-    def code_metrics(data, train, test, kind, full=True):
-        given[kind].append((train, test))
-        return {}
-
-    monkeypatch.setattr(shared, "image_metrics", image_metrics)
-    monkeypatch.setattr(shared, "code_metrics", code_metrics)
-    return given
-
-
 @pytest.mark.parametrize("input_range", ["01", "11"])
 def test_it_measures_what_train_fc_alae_measures(input_range, monkeypatch):
     torch.manual_seed(0)
@@ -117,11 +100,12 @@ def test_it_measures_what_train_fc_alae_measures(input_range, monkeypatch):
     nets, data = alae.build(theirs, 784), toy_data()
     config = refit.Config()
     config.alae = theirs
-    given = keep_all(monkeypatch)
+    theirs_given = record(monkeypatch)
     alae.evaluate(nets, data, theirs, full=True)
+    ours_given = record(monkeypatch)
     refit.evaluate(nets, data, config, full=True)
-    for kind in ("images", "short", "long"):
-        assert_same(given[kind][1], given[kind][0])
+    assert ours_given.keys() == {"images", "short", "long"}
+    assert_same(ours_given, theirs_given)
 
 
 def test_the_new_model_is_evaluated_by_train_fc_alae_and_keeps_the_old_E(

@@ -229,7 +229,7 @@ def test_who_trains(terms, dis, dec, monkeypatch):
         optimizer.step = lambda name=name: order.append(name)
     losses = equilibrium.train_step(nets, opts, torch.rand(4, 1, 32, 32), config)
     assert order == ["Dis"] * dis + ["Dec"] * dec + ["Enc"]
-    assert (losses["trains_Dis"].item(), losses["trains_Dec"].item()) == (dis, dec)
+    assert (losses["trains_Dis"], losses["trains_Dec"]) == (dis, dec)
 
 
 # Training
