@@ -18,7 +18,7 @@ same w, on the same x and z; the raw weights are evaluated.
 
     python step3_official_alae/equalized_lr.py     # 8 minutes of training on one CPU core
 
-Expect (seed 0): in float64 the three part by at most 9·10⁻¹⁴ with ε = 10⁻³⁰, by 0.37 with 10⁻⁸.
+Expect (seed 0): in float64 the three part by 9·10⁻¹⁴ with ε = 10⁻³⁰, by 0.37 with 10⁻⁸.
 """
 
 import math
