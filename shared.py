@@ -48,11 +48,8 @@ NO_SETTING = OF_THE_MACHINE | {"epochs", "eval_every", "seed", "dataset", "split
 
 def fail(message, code=2):
     """One clear line on stderr and an exit code: for all that a user can get wrong."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    tqdm.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", sys.stderr)
     raise SystemExit(code)
-
-
-# Options
 
 
 def option(default, help, choices=None, low=None, high=2**63):
@@ -98,8 +95,8 @@ def parse_config(Config, presets=None, argv=None):
         if low is not None and value is not None and not low <= value < high:
             fail(f"--{f.name.replace('_', '-')} {value}: must be in [{low}, {high:.3g})")
     defaults = presets[given.get("preset", Config.preset)] if presets else {}
-    path = given.get("resume") or given.get("eval")
-    if path:
+    path = given.get("resume", given.get("eval"))
+    if path is not None:
         checkpoint = load_checkpoint(path, Config)
         defaults = checkpoint["config"]
         beside = BESIDE_RESUME if "resume" in given else BESIDE_EVAL
@@ -222,7 +219,7 @@ def load_data(config, device, size=64):
     Test images: dw official, sw a sixth of the others, val another sixth; a folder's dw is its sw.
     """
     name, limit = config.dataset, (2000 if config.smoke else 10**9)
-    if name.startswith("folder:"):
+    if re.match("folder:.", name):
         x = read_pictures(Path(name.removeprefix("folder:")).expanduser(), size, limit)
         y, x_test = torch.zeros(len(x)), None
     elif name in DATASETS:
@@ -267,10 +264,13 @@ def read_pictures(folder, size, limit):
     if len(paths) < 100:
         fail(f"--dataset folder:{folder}: {len(paths)} pictures there, at least 100 are needed")
     pictures = []
-    for path in tqdm(paths[:limit], "reading pictures", leave=False, delay=1):
+    for path in tqdm(paths[:limit], "reading pictures", leave=False, delay=1, disable=None):
         try:
-            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-            pictures.append(np.asarray(ImageOps.fit(image, (size, size), Image.LANCZOS)))
+            image = ImageOps.exif_transpose(Image.open(path))
+            if image.mode[0] in "IF":
+                raise ValueError(f"mode {image.mode}, but 8 bits a channel are needed")
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.LANCZOS)
+            pictures.append(np.asarray(image))
         except Exception as error:  # PIL raises many kinds
             fail(f"{path}: not a readable picture ({error})")
     x = torch.from_numpy(np.stack(pictures))
@@ -515,7 +515,7 @@ class Run:
     def _end(self, status, message="", code=0):
         """The summary's last word; with a message, the program's too."""
         self.bar.close()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, lambda *_: fail(f"{status}: {message or self.dir}", 130))
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self._summarize(status)
         self._mirror(lambda web: web.summary.update(self.summary))

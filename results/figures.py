@@ -29,7 +29,7 @@ def study(folder, experiment, sweep):
     settings = {}
     for run in table.summaries(folder):
         name = re.match(f"{sweep}-(.*)-seed([0-9]+)$", run["run"])
-        if name and run["experiment"] == experiment:
+        if name and run["experiment"] == experiment and run["dataset"] == "mnist":
             metrics = {key.rpartition("/")[2]: value for key, value in run.items()}
             settings.setdefault(name[1], {})[int(name[2])] = metrics
     if not settings:

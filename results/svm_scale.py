@@ -53,6 +53,8 @@ def main(experiment, path):
     config = shared.parse_config(module.Config, argv=["--eval", path])
     device = shared.setup(config)
     data = shared.load_data(config, device)
+    if data.y_train is None:
+        shared.fail(f"{path}: {config.dataset} has no labels")
     nets = module.build(config, data.x_train.shape[1]).to(device)
     checkpoint = shared.load_checkpoint(path, module.Config)
     if "random" in checkpoint:

@@ -38,11 +38,15 @@ def expand(path):
     if not isinstance(sweep, dict) or sweep.get("method") != "grid":
         fail(f"{path}: not a sweep file with 'method: grid'")
     parameters = sweep.get("parameters")
-    if not isinstance(parameters, dict) or not parameters or "program" not in sweep:
-        fail(f"{path}: needs 'program' and 'parameters'")
+    if not isinstance(parameters, dict) or not parameters:
+        fail(f"{path}: needs 'parameters'")
+    if not str(sweep.get("program")).endswith(".py"):
+        fail(f"{path}: needs 'program', a Python file")
     for name, parameter in parameters.items():
         if not isinstance(parameter, dict) or not {"value", "values"} & parameter.keys():
             fail(f"{path}: parameter {name} needs 'value' or 'values'")
+        if not isinstance(parameter.get("values", []), list):
+            fail(f"{path}: parameter {name} needs a list of values")
     choices = [p.get("values", [p.get("value")]) for p in parameters.values()]
     macros = {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [sweep["program"]]}
     commands = {}
@@ -70,7 +74,10 @@ def is_done(folder, command):
     """Whether the run has ended well; its folder must be of this command."""
     if not (folder / "summary.json").exists():
         return False
-    summary = json.loads((folder / "summary.json").read_text())
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except ValueError:
+        fail(f"{folder / 'summary.json'}: not readable; without that folder the run is made anew")
     first = summary["commands"][0]
     if options_of(command) != options_of(shlex.split(first)):
         fail(f"{folder} is of another command: {first}")
@@ -89,7 +96,6 @@ def lock(file):
 def train(folder, command):
     """Trains a run, or goes on with it; returns its exit code. Its words go to a log."""
     checkpoint = folder / "checkpoint.pt"
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a+") as log:
         if not lock(log):
             print(f"{folder.name} is in another process's hands", flush=True)
@@ -129,9 +135,10 @@ def main(options):
         print("\n".join(shlex.join(command) for command in todo.values()))
         return
     try:
-        options.out_dir.mkdir(parents=True, exist_ok=True)
+        for folder in todo:
+            folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"cannot make {options.out_dir}: {error.strerror}; another --out-dir?")
+        fail(f"cannot make {error.filename}: {error.strerror}; another --out-dir?")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // options.workers)))
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # python
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, even if it was ignored; kill

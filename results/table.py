@@ -16,6 +16,7 @@ import argparse
 import json
 import re
 import shutil
+import signal
 import statistics
 import sys
 from pathlib import Path
@@ -73,9 +74,9 @@ DETAILS += "|pixels|untrained"  # of an earlier version; raw_pixels.py and --epo
 def collect(run):
     """Copies a finished run's summary and metrics.csv to results/<experiment>/<run>.*."""
     path = run / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else {}
-    if summary.get("status") != "done":
+    if not path.exists() or not summaries(run):
         fail(f"{run} is not the folder of a finished run")
+    summary = json.loads(path.read_text())
     target = ROOT / "results" / summary["experiment"] / f"{summary['run']}.json"
     if target.exists() and json.loads(target.read_text())["commands"][0] != summary["commands"][0]:
         fail(f"{target} is of another run of that name: delete it first, if it should go")
@@ -213,6 +214,8 @@ def readmes():
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # … | head ends it quietly
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = fail

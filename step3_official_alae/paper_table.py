@@ -75,7 +75,11 @@ def summaries(folder):
     path of their metrics along the training."""
     found = []
     for path in sorted(folder.rglob("summary.json")) or sorted(folder.rglob("*.json")):
-        summary = json.loads(path.read_text())
+        try:
+            summary = json.loads(path.read_text())
+        except ValueError:
+            print(f"{path}: not readable, left out", file=sys.stderr)
+            continue
         name = "metrics.csv" if path.name == "summary.json" else f"{path.stem}.csv"
         if isinstance(summary, dict) and summary.get("status") == "done":
             evaluated = re.search(r"--eval[= ](\S+)", summary["commands"][-1])

@@ -366,6 +366,8 @@ if __name__ == "__main__":
     if "--" in own:
         own, options = own[: own.index("--")], own[own.index("--") + 1 :]
     args = parser.parse_args(own)
+    if args.steps < 1:
+        shared.fail(f"--steps {args.steps}: must be at least 1")
     paths = sorted(p for p in shared.ROOT.glob("*/*.py") if p.parent.name in FOLDERS)
     loop = "shared.products(" if args.precisions else "run.epochs("
     known = [path.stem for path in paths if loop in path.read_text()]

@@ -14,6 +14,7 @@ from PIL import Image
 
 GAN, LINEAR = "step2_gan/gan_mnist.py", "step1_linear/linear_alae.py"
 REFIT = "step3_official_alae/refit_encoder.py"
+EVAL = ["--eval", "{root}/assets/fc_alae.pt"]
 CASES = [
     (FC_ALAE, ["--nonsense"], "--nonsense"),
     (FC_ALAE, ["--split", "test"], "--split"),
@@ -31,18 +32,23 @@ CASES = [
     (FC_ALAE, ["--device", "mps"], "no such device"),
     (FC_ALAE, ["--dataset", "imagenet"], "unknown"),
     (FC_ALAE, ["--dataset", "folder:/no/such/folder"], "0 pictures there"),
+    (FC_ALAE, ["--dataset", "folder:"], "unknown"),
     (FC_ALAE, ["--dataset", "folder:{tmp}/broken"], "not a readable picture"),
+    (FC_ALAE, ["--dataset", "folder:{tmp}/deep"], "8 bits a channel are needed"),
     (FC_ALAE, ["--data-dir", "{tmp}/nothing"], "could not be fetched"),
     (FC_ALAE, ["--data-dir", "{tmp}/corrupt"], "damaged"),
     (FC_ALAE, ["--smoke", "--out-dir", "{tmp}/file"], "cannot make"),
     (FC_ALAE, ["--resume", "{tmp}/nothing.pt"], "FileNotFoundError"),
+    (FC_ALAE, ["--resume", ""], "no checkpoint that can be read"),
+    (FC_ALAE, ["--eval", ""], "no checkpoint that can be read"),
     (FC_ALAE, ["--resume", "{tmp}/file"], "no checkpoint"),
     (FC_ALAE, ["--resume", "{tmp}/other.pt"], "a checkpoint of pca_gd"),
     (FC_ALAE, ["--resume", "{tmp}/old.pt"], "not of this version"),
     (FC_ALAE, ["--resume", "{root}/assets/fc_alae.pt"], "no checkpoint.pt with at most"),
     (FC_ALAE, ["--resume", "{tmp}/preset.pt"], "not of this version"),
-    (FC_ALAE, ["--eval", "{root}/assets/fc_alae.pt", "--lr", "1"], "--lr: leave it out"),
-    (FC_ALAE, ["--eval", "{root}/assets/fc_alae.pt", "--split", "val"], "trained on its test"),
+    (FC_ALAE, [*EVAL, "--lr", "1"], "--lr: leave it out"),
+    (FC_ALAE, [*EVAL, "--split", "val"], "trained on its test"),
+    (FC_ALAE, [*EVAL, "--dataset", "mnist", "--split", "val"], "trained on its test"),
     (LINEAR, ["--smoke", "--k", "784"], "spans 624 dimensions"),
     (REFIT, ["--model", "{tmp}/nothing.pt"], "cannot be read"),
     (REFIT, ["--model", "{tmp}/other.pt"], "no model.pt of train_fc_alae.py"),
@@ -58,6 +64,9 @@ def bad(tmp_path_factory):
     (tmp / "broken").mkdir()
     for i in range(100):
         (tmp / "broken" / f"{i}.png").write_bytes(b"no picture")
+    (tmp / "deep").mkdir()
+    for i in range(100):  # 16 bits
+        Image.new("I;16", (8, 8), 600 * i).save(tmp / "deep" / f"{i}.png")
     raw = tmp / "corrupt/MNIST/raw"
     shutil.copytree(ROOT / "data/MNIST/raw", raw, ignore=shutil.ignore_patterns("*ubyte"))
     with gzip.open(raw / "t10k-labels-idx1-ubyte.gz", "wb") as file:

@@ -284,6 +284,15 @@ def test_unfinished_runs_do_not_count_and_evaluations_are_told_from_trainings(tm
     assert found[1]["setting"] == "lr 0.004, --eval model.pt"
 
 
+def test_a_summary_that_was_cut_off_is_left_out_and_named(tmp_path, capsys):
+    write(tmp_path, summary(0, 90.0, run="a"), summary(1, 1.0, run="b"))
+    (tmp_path / "b/summary.json").write_text('{"status": "do')
+    assert [s["run"] for s in table.summaries(tmp_path)] == ["a"]
+    assert "b/summary.json: not readable" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        table.collect(tmp_path / "b")
+
+
 def test_a_command_is_a_bullet_and_those_of_a_resumed_run_are_a_chain():
     text = table.commands([summary(0, 90.0, commands=["python e.py", "python e.py --resume x"])])
     assert text.splitlines()[0] == "- `python e.py`, then" and text.count("\n- `") == 1
@@ -320,8 +329,12 @@ def test_what_is_no_sweep_file_is_refused(text, tmp_path, capsys):
 @pytest.mark.parametrize(
     "text, fragment",
     [
-        ('{"method": "grid", "program": "a.py"}', "needs 'program' and 'parameters'"),
-        ('{"method": "grid", "parameters": {"k": {"value": 1}}}', "needs 'program' and"),
+        ('{"method": "grid", "program": "a.py"}', "needs 'parameters'"),
+        ('{"method": "grid", "parameters": {"k": {"value": 1}}}', "needs 'program'"),
+        (
+            '{"method": "grid", "program": "a.py", "parameters": {"k": {"values": "r1"}}}',
+            "parameter k needs a list of values",
+        ),
         (
             '{"method": "grid", "program": "a.py", "parameters": {"k": {"min": 1, "max": 3}}}',
             "parameter k needs 'value' or 'values'",
