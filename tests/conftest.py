@@ -216,6 +216,14 @@ def record(monkeypatch):
     return given
 
 
+def see(monkeypatch):
+    """Puts spies in place of the pictures' functions; returns the images that they were given."""
+    seen = {"grid": [], "pairs": []}
+    monkeypatch.setattr(shared, "grid", lambda images, *_: seen["grid"].append(images))
+    monkeypatch.setattr(shared, "pairs", lambda x, x_rec, _: seen["pairs"].append((x, x_rec)))
+    return seen
+
+
 def state_of(nets):
     """All that an evaluation must leave alone: the nets, their mode, the random numbers."""
     state = {name: value.clone() for name, value in nets.state_dict().items()}

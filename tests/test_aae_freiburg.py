@@ -14,6 +14,7 @@ from conftest import (
     fake_run,
     prior_gap,
     record,
+    see,
     size,
     state_of,
     toy_data,
@@ -269,6 +270,8 @@ def test_a_stagnant_loss_divides_the_rates_by_5(monkeypatch, tmp_path, cheap):
     assert [row["train/lr"] for row in saved["history"]["rows"]] == [2e-4, 2e-4]
     rates = [saved[role]["param_groups"][0]["lr"] for role in ("P", "Q_rec", "D")]
     assert rates == pytest.approx([4e-5] * 3)
+    assert saved["plateau_P"]["best"] == 1.0
+    assert {"plateau_Q_rec", "plateau_D", "plateau_Q_reg"} <= saved.keys()
 
 
 def test_less_than_one_percent_is_stagnant():
@@ -397,8 +400,14 @@ def test_classes_are_one_hot_and_take_turns():
 def test_drawing_leaves_the_nets_alone(labels, monkeypatch):
     config, data = aae.Config(labels=labels), toy_data()
     nets = settled(config, data, 10 * labels)
-    before, run = state_of(nets), fake_run(nets, config)
+    before, run, seen = state_of(nets), fake_run(nets, config), see(monkeypatch)
     aae.draw(run, data, config)
+    x, y = data.x_test[:50], aae.given_labels(data, config)[1][:50]
+    nets.eval()
+    ((x_shown, x_rec),) = seen["pairs"]
+    assert x_shown.equal(data.images(x))
+    assert x_rec.equal(aae.decode(run, data, nets["Q"](x), y))
+    nets.train()
     monkeypatch.setattr(aae, "movie", lambda run, name, *_: run.names.append(name))
     aae.animate(run, data, config)
     assert_same(before, state_of(nets))

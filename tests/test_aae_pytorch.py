@@ -8,7 +8,7 @@ import aae_pytorch as aae
 import benchmark
 import pytest
 import torch
-from conftest import assert_same, fake_run, prior_gap, record, size, state_of, toy_data, watch
+from conftest import assert_same, fake_run, prior_gap, record, see, size, state_of, toy_data, watch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy
 
@@ -143,12 +143,15 @@ def test_what_evaluate_measures_and_draw_draws(monkeypatch):
     before, given = state_of(nets), record(monkeypatch)
     metrics = aae.evaluate(nets, data, config, full=True)
     assert_same(before, state_of(nets))
-    run = fake_run(nets, config)
+    run, seen = fake_run(nets, config), see(monkeypatch)
     aae.draw(run, data, config)
     assert_same(before, state_of(nets))
     assert run.names == ["samples", "reconstructions", "codes", "plane"]
     Q, P = nets.eval()["Q"], nets["P"]
     with torch.no_grad():
+        ((x, x_shown),) = seen["pairs"]
+        assert x.equal(data.images(data.x_test[:50]))
+        torch.testing.assert_close(x_shown, data.images(P(Q(data.x_test[:50])).sigmoid()))
         ((x_rec, x_fake),) = given["images"]
         torch.testing.assert_close(x_rec, P(Q(data.x_test)).sigmoid())
         z = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,18 @@ import shared
 import aae_semi_supervised as semi
 import pytest
 import torch
-from conftest import assert_same, fake_run, record, size, state_of, toy_data, train, trained, watch
+from conftest import (
+    assert_same,
+    fake_run,
+    record,
+    see,
+    size,
+    state_of,
+    toy_data,
+    train,
+    trained,
+    watch,
+)
 from torch import nn
 from torch.nn.functional import binary_cross_entropy, one_hot
 
@@ -215,6 +226,7 @@ def test_bad_input(words, complaint, monkeypatch, tmp_path, capsys):
 def test_rows_of_a_style_with_each_class_and_of_a_clusters_images(monkeypatch):
     config, data, sheets = semi.Config(cluster=12), toy_data(), {}
     nets = semi_start(config, 12)[0]
+    seen = see(monkeypatch)
     monkeypatch.setattr(shared, "grid", lambda images, *_: images.flatten(1))
     semi.draw(SimpleNamespace(nets=nets, epoch=1, picture=sheets.__setitem__), data, config)
     Q, P = nets.eval()["Q"], nets["P"]
@@ -223,9 +235,12 @@ def test_rows_of_a_style_with_each_class_and_of_a_clusters_images(monkeypatch):
     k = entries[0]
 
     def decode(*codes):
-        return P(torch.cat(codes)).sigmoid()
+        return P(torch.cat(codes, -1)).sigmoid()
 
     close = torch.testing.assert_close
+    ((x, x_rec),) = seen["pairs"]
+    close(x.flatten(1), data.x_test[:50])
+    close(x_rec.flatten(1), decode(y[:50], z[:50]))
     rows = sheets["style"].unflatten(0, (10, 13))
     close(rows[:, 0], data.x_test[:10])
     close(rows[3, 6], decode(one[5], z[3]))

@@ -169,13 +169,22 @@ def test_the_average_keeps_the_share_decay_of_itself():
     assert all((p == 0.25).all() for p in averaged.parameters())
 
 
-def test_the_average_halves_after_ema_images(cheap, few_images, tmp_path, monkeypatch):
-    decays = []
-    monkeypatch.setattr(alae, "update_ema", lambda averaged, nets, decay: decays.append(decay))
-    monkeypatch.setattr(alae, "train_step", lambda *_: {"L": torch.zeros(())})
+def test_the_average_is_of_the_trained_nets_and_halves_after_ema_images(
+    cheap, few_images, tmp_path, monkeypatch
+):
+    stepped, updates = [], []
+
+    def train_step(nets, *_):
+        stepped.append(nets)
+        return {"L": torch.zeros(())}
+
+    monkeypatch.setattr(alae, "update_ema", lambda *given: updates.append(given))
+    monkeypatch.setattr(alae, "train_step", train_step)
     how = ["--smoke", "--epochs", 1, "--batch-size", 400, "--ema", 2000, "--out-dir", tmp_path]
     train(monkeypatch, alae, *how)
-    assert decays[0] ** (2000 / 400) == pytest.approx(0.5)
+    averaged, nets, decay = updates[0]
+    assert nets is stepped[0] and averaged is not nets
+    assert decay ** (2000 / 400) == pytest.approx(0.5)
 
 
 def test_decay_holds_the_rate_and_then_lets_it_fall_to_its_end():

@@ -130,6 +130,47 @@ def test_the_new_model_is_evaluated_by_train_fc_alae_and_keeps_the_old_E(
         assert float(printed[metric]) == pytest.approx(summary[metric], rel=1e-3)
 
 
+def test_main_starts_from_the_old_E_lets_the_rate_fall_and_tells_descent_from_E(
+    few_images, tmp_path, monkeypatch
+):
+    rates, weights, judged = [], [], []
+
+    def train_step(nets, optimizer, *_):
+        rates.append(optimizer.param_groups[0]["lr"])
+        weights.append(nets["E"][0].weight.clone())
+        return {"L_E": torch.zeros(())}
+
+    def evaluate(*_, **__):
+        judged.append(len(rates))
+        return {}
+
+    monkeypatch.setattr(refit, "train_step", train_step)
+    monkeypatch.setattr(refit, "evaluate", evaluate)
+    monkeypatch.setattr(refit, "drawn", lambda *_: ("by E", "by descent"))
+    monkeypatch.setattr(refit, "draw", lambda *_: None)
+    monkeypatch.setattr(shared, "image_metrics", lambda data, x_rec: {"eval/of": x_rec})
+    monkeypatch.setattr(shared.Run, "finish", lambda run, metrics: rates.append(metrics))
+    how = ["--smoke", "--batch-size", 200, "--eval-every", 2, "--out-dir", tmp_path]
+    train(monkeypatch, refit, *how)
+    metrics = rates.pop()
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    saved = torch.load(ROOT / "assets/fc_alae.pt", weights_only=True)
+    assert weights[0].equal(saved["E_as_trained"]["0.weight"])
+    assert judged[0] == 0  # "as trained" is measured before the training
+    assert metrics["as trained, the same/of"] == "by E"
+    assert metrics["descent/of"] == metrics["descent, mirrored/of"] == "by descent"
+
+
+def test_the_descent_starts_at_the_code_that_E_finds(monkeypatch):
+    config, data, starts = config_of(), toy_data(30, 20, size=16), []
+    nets = refit.build(config.alae, 16)
+    monkeypatch.setattr(refit, "descend", lambda G, w, x, _: starts.append((w, x)) or w)
+    x_before, x_descent = refit.drawn(nets, data, config)
+    ((w, x),) = starts
+    assert w.equal(nets["E"](data.x_test)) and x.equal(data.x_test)
+    assert x_before.equal(x_descent) and x_before.equal(nets["G"](w))
+
+
 def test_the_falling_rate_fixes_the_length(finished, monkeypatch, capsys):
     checkpoint = finished("refit_encoder") / "checkpoint.pt"
     with pytest.raises(SystemExit) as stop:

@@ -26,15 +26,15 @@ def rows(folder):
     return [{k: v for k, v in row.items() if k != "perf/images_per_s"} for row in table]
 
 
-def stop_after(monkeypatch, steps):
-    """Ctrl-C after so many training steps."""
+def stop_after(monkeypatch, steps, number):
+    """Ctrl-C, or kill, after so many training steps."""
     step, done = shared.Run.step, []
 
     def step_then_stop(run, *arguments):
         step(run, *arguments)
         done.append(1)
         if len(done) == steps:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(shared.Run, "step", step_then_stop)
 
@@ -50,7 +50,7 @@ def test_stopped_and_resumed_is_as_if_never_stopped(
 
     monkeypatch.setattr(shared.Run, "picture", lambda *_: None)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        stop_after(patch, steps)
+        stop_after(patch, steps, signal.SIGTERM if "steps" in total else signal.SIGINT)
         options = [*smoke_options(module), "--out-dir", tmp_path]
         train(patch, module, *options, "--run-name", "stopped")
     assert stop.value.code == 130
@@ -146,6 +146,20 @@ def test_what_may_be_said_beside_resume_and_eval(way, changes, tmp_path):
     expected = module.Config(lr=0.5, epochs=3) if way == "eval" else own
     given = changes | {way: str(tmp_path / "c.pt")}
     assert config == replace(expected, **given)
+
+
+@pytest.mark.parametrize("own", ("dw", "sw", "val"))
+@pytest.mark.parametrize("asked", ("dw", "sw", "val"))
+def test_a_model_is_not_evaluated_on_images_that_it_was_trained_on(own, asked, tmp_path):
+    module = importlib.import_module("train_fc_alae")
+    content = {"experiment": "train_fc_alae", "config": asdict(module.Config(split=own))}
+    torch.save(content, tmp_path / "m.pt")
+    argv = ["--eval", str(tmp_path / "m.pt"), "--split", asked]
+    if (own, asked) in (("dw", "sw"), ("dw", "val"), ("sw", "val")):
+        with pytest.raises(SystemExit):
+            shared.parse_config(module.Config, module.PRESETS, argv)
+    else:
+        assert shared.parse_config(module.Config, module.PRESETS, argv).split == asked
 
 
 @pytest.mark.parametrize("way", ("resume", "eval"))

@@ -195,6 +195,17 @@ def test_splits_are_disjoint_and_val_is_cut_from_what_sw_trains_on(splits):
     assert (255 * mnist.x_test).round().byte().view(-1, 28, 28).equal(official.data)
 
 
+def test_the_splits_are_those_of_the_kept_runs(splits):
+    labels = {name: splits[name].y_test[:12].tolist() for name in ("sw", "val")}
+    assert labels["sw"] == [9, 3, 5, 4, 7, 4, 9, 6, 8, 8, 7, 4]
+    assert labels["val"] == [5, 8, 2, 4, 9, 6, 8, 8, 1, 9, 3, 5]
+
+
+def test_a_dataset_is_read_by_torchvisions_class_of_its_name():
+    for name, cls in shared.DATASETS.items():
+        assert cls.lower() == name.replace("_", "") and hasattr(shared.datasets, cls)
+
+
 @pytest.mark.parametrize("split", ["sw", "val"])
 def test_labels_stay_with_their_images(split, splits):
     data = splits[split]
@@ -228,6 +239,21 @@ def test_own_pictures_are_cropped_and_split_without_loss(tmp_path):
     assert data.shape == (1, 16, 16) and data.y_train is None and data.y_test is None
     values = torch.cat([data.x_train, data.x_test])[:, 0].mul(255).round().int().tolist()
     assert (len(data.x_test), sorted(values)) == (20, [2 * i for i in range(120)])
+
+
+def test_pictures_of_subfolders_are_split_alike_in_whatever_order_they_are_found(
+    tmp_path, monkeypatch
+):
+    for i in range(120):
+        (tmp_path / f"{i % 2}").mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 2 * i).save(tmp_path / f"{i % 2}/{i:03}.png")
+    config = Config(dataset=f"folder:{tmp_path}", batch_size=10)
+    first = shared.load_data(config, CPU, size=8)
+    rglob = shared.Path.rglob
+    monkeypatch.setattr(shared.Path, "rglob", lambda *given: list(rglob(*given))[::-1])
+    assert len(first.x_test) == 20 and shared.load_data(config, CPU, size=8).x_test.equal(
+        first.x_test
+    )
 
 
 def test_photographs_stand_upright_and_files_of_other_kinds_are_left_alone(tmp_path):
@@ -287,7 +313,9 @@ def test_a_mode_that_rounds_is_not_taken(monkeypatch):
         return torch.matmul(a, b)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    assert shared.fastest_exact_matmul(CPU) == "highest"
+    shared.setup(Config(device="cpu"))
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_waiting_threads_sleep_soon(launched):

@@ -484,6 +484,16 @@ def test_the_latent_regressors_gan_is_non_saturating():
 # GANs
 
 
+def test_wgan_gp_looks_anywhere_between_an_image_and_a_sample(monkeypatch):
+    given = []
+    monkeypatch.setattr(gan, "gradient_penalty", lambda *args: given.append(args) or torch.ones(()))
+    x, x_fake = torch.rand(4000, 3), torch.rand(4000, 3)
+    gan.L_D(nn.Linear(3, 1), x, x_fake, gan.Config(loss="wgan-gp"))
+    _, real, fake, epsilon = given[0]
+    assert real.equal(x) and fake.equal(x_fake) and epsilon.shape == (4000, 1)
+    assert epsilon.min() < 0.01 and epsilon.max() > 0.99 and abs(epsilon.mean() - 0.5) < 0.03
+
+
 def test_gradient_penalties_of_known_critics():
     a, x, x_fake = torch.randn(20, 1), torch.randn(9, 20), torch.randn(9, 20)
 

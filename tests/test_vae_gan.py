@@ -6,7 +6,7 @@ import benchmark
 import pytest
 import torch
 import vae_gan
-from conftest import assert_same, fake_run, record, state_of, toy_data, train
+from conftest import assert_same, fake_run, record, see, state_of, toy_data, train
 from torch import nn
 from torch.autograd import grad
 from torch.distributions import Normal, kl_divergence
@@ -327,13 +327,19 @@ def test_the_floor_is_of_mnist_alone(small, monkeypatch):
     assert other.keys() == {"eval/recon_mse"}
 
 
-def test_drawing_leaves_the_nets_alone(small):
+def test_pictures_are_of_test_images_and_samples_and_leave_the_nets_alone(small, monkeypatch):
     config, data, nets = small
-    before, run = state_of(nets), fake_run(nets, config)
+    before, run, seen = state_of(nets), fake_run(nets, config), see(monkeypatch)
     run.history = {"losses": [{"iteration": i, "L_GAN": 1.0} for i in (20, 40)]}
     vae_gan.draw(run, data, config)
     assert_same(before, state_of(nets))
     assert run.names == ["samples", "reconstructions", "arithmetic", "losses"]
+    given = record(monkeypatch)
+    vae_gan.evaluate(nets, data, config)
+    ((x_rec, x_fake),), ((x, x_shown),) = given["images"], seen["pairs"]
+    assert x.equal(data.images(data.x_test[:50]))
+    torch.testing.assert_close(x_shown, data.images(x_rec[:50]))
+    torch.testing.assert_close(seen["grid"][0][:90], data.images(x_fake[:90]))
     run.names.clear()
     run.history = {}  # of an evaluated model
     vae_gan.draw(run, data._replace(y_train=None), config)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import vae_gan
 import vae_gan_equilibrium as equilibrium
-from conftest import assert_same, fake_run, record, state_of, toy_data, train
+from conftest import assert_same, fake_run, record, see, state_of, toy_data, train
 from PIL import Image
 from test_vae_gan import assert_settled, sgd
 from torch import nn
@@ -313,7 +313,7 @@ def test_what_evaluate_measures_and_draw_shows(monkeypatch):
     equilibrium.train_step(nets, sgd(nets, 1e-3), x, config)
     before, given = state_of(nets), record(monkeypatch)
     equilibrium.evaluate(nets, data, config, full=True)
-    run = fake_run(nets, config)
+    run, seen = fake_run(nets, config), see(monkeypatch)
     equilibrium.draw(run, data, config)
     assert_same(before, state_of(nets))
     assert run.names == ["samples", "reconstructions"]
@@ -332,5 +332,9 @@ def test_what_evaluate_measures_and_draw_shows(monkeypatch):
         x_rec, x_fake = given["images"][0]
         torch.testing.assert_close(x_rec, pixels(Dec(Enc(test)[0])))
         torch.testing.assert_close(x_fake, pixels(Dec_p(z)))
+        ((x, x_shown),) = seen["pairs"]
+        assert x.equal(data.images(data.x_test[:50]))
+        torch.testing.assert_close(x_shown, data.images(x_rec[:50]))
+        torch.testing.assert_close(seen["grid"][0][:90], data.images(x_fake[:90]))
         torch.testing.assert_close(given["short"], (Enc(train)[0], Enc(test)[0]))
         torch.testing.assert_close(given["long"], (Enc[:-1](train), Enc[:-1](test)))
