@@ -171,7 +171,8 @@ def commands(found):
         minutes = statistics.fmean(run["wall_s"] for run in runs) / 60
         bullets += "".join(f"- `{command}`, then\n" for command in s["commands"][:-1])
         bullets += f"- `{s['commands'][-1]}`: {length(s)}, {s['split']}, seeds {seeds}, "
-        bullets += f"{minutes:.1f} minutes on {s['hardware']}, torch {s['torch']}\n"
+        machines = ", and ".join(dict.fromkeys(run["hardware"] for run in runs))
+        bullets += f"{minutes:.1f} minutes on {machines}, torch {s['torch']}\n"
     return bullets
 
 
