@@ -146,7 +146,7 @@ def test_main_starts_from_the_old_E_lets_the_rate_fall_and_tells_descent_from_E(
 
     monkeypatch.setattr(refit, "train_step", train_step)
     monkeypatch.setattr(refit, "evaluate", evaluate)
-    monkeypatch.setattr(refit, "drawn", lambda *_: ("by E", "by descent"))
+    monkeypatch.setattr(refit, "drawn", lambda *_: ["by E", "by descent"])
     monkeypatch.setattr(refit, "draw", lambda *_: None)
     monkeypatch.setattr(shared, "image_metrics", lambda data, x_rec: {"eval/of": x_rec})
     monkeypatch.setattr(shared.Run, "finish", lambda run, metrics: rates.append(metrics))
@@ -164,7 +164,12 @@ def test_main_starts_from_the_old_E_lets_the_rate_fall_and_tells_descent_from_E(
 def test_the_descent_starts_at_the_code_that_E_finds(monkeypatch):
     config, data, starts = config_of(), toy_data(30, 20, size=16), []
     nets = refit.build(config.alae, 16)
-    monkeypatch.setattr(refit, "descend", lambda G, w, x, _: starts.append((w, x)) or w)
+
+    def descend(G, w, x, config):
+        starts.append((w, x))
+        return w
+
+    monkeypatch.setattr(refit, "descend", descend)
     x_before, x_descent = refit.drawn(nets, data, config)
     ((w, x),) = starts
     assert w.equal(nets["E"](data.x_test)) and x.equal(data.x_test)

@@ -486,7 +486,12 @@ def test_the_latent_regressors_gan_is_non_saturating():
 
 def test_wgan_gp_looks_anywhere_between_an_image_and_a_sample(monkeypatch):
     given = []
-    monkeypatch.setattr(gan, "gradient_penalty", lambda *args: given.append(args) or torch.ones(()))
+
+    def gradient_penalty(*args):
+        given.append(args)
+        return torch.ones(())
+
+    monkeypatch.setattr(gan, "gradient_penalty", gradient_penalty)
     x, x_fake = torch.rand(4000, 3), torch.rand(4000, 3)
     gan.L_D(nn.Linear(3, 1), x, x_fake, gan.Config(loss="wgan-gp"))
     _, real, fake, epsilon = given[0]
