@@ -67,7 +67,7 @@ NONLINEAR = "autoencoder_mnist", "latent_regressor_mnist", "bigan_mnist", "alae_
 KINDS = dict.fromkeys(LINEAR, "Linear autoencoders")  # several experiments in one table
 WIDTHS = "Autoencoders, E 784-1024-1024-50 and G 50-1024-1024-784"
 KINDS |= dict.fromkeys((*NONLINEAR, "train_fc_alae"), WIDTHS)
-DETAILS = r"train|perf|.*/(L_|digit_\d|val_mse_|ms_per_step|explained|angle_mean)"  # left out
+DETAILS = r"train|perf|.*/(L_|digit_\d|explained|angle_mean)"  # left out
 DETAILS += "|pixels|untrained"  # of an earlier version; raw_pixels.py and --epochs 0 replace them
 
 
@@ -138,7 +138,8 @@ def lines_of(runs, label, metrics):
         if cells and not any(cells.items() <= other.items() for _, other in lines):  # new
             data = f"{runs[0]['dataset']} {runs[0]['split']}"
             n = max(len(of_seeds) for of_seeds in numbers.values())
-            name = label if section == "eval" else section
+            name = section if "eval" in values else f"{label}, {section}"
+            name = label if section == "eval" else name
             lines.append(([name, length(runs[0]), data, str(n)], cells))
     return lines
 
