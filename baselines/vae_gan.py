@@ -26,7 +26,7 @@ Deviations from the paper (P) and the public code, R: github.com/rishabhd786/VAE
  5. R draws in training mode, where an image depends on its batch; here with batch norm's mean
     statistics over 64 batches of the same kind: of training images, of their μ, or of z_p.
  6. --method vae: p(x | z) = N(Dec(z), I) of pixels in [−1, 1]: ½‖x − x̃‖² + KL per image.
- 7. --decay 0.5 (ours, off by default): rates that fall linearly to 0 over the second half.
+ 7. --pad (ours, off by default): smaller images get a border instead of being enlarged.
 """
 
 import sys
@@ -42,6 +42,7 @@ from torch import nn
 from torch.autograd import grad
 from torch.nn.functional import interpolate, softplus
 from torch.optim import RMSprop
+from torchvision.transforms.functional import center_crop
 
 
 @dataclass
@@ -53,11 +54,11 @@ class Config(shared.Protocol):
     method: str = option("vae_gan", "VAE-GAN, or a VAE (no Dis, no γ)", ("vae_gan", "vae"))
     width: float = option(0.0, "factor of all channels; 0: 1 on a GPU, else 0.25", low=0)
     image_size: int = option(0, "pixels of a side; 0: 64 on a GPU, else 32", (0, 32, 64))
+    pad: bool = option(False, "give smaller images a border, do not enlarge them (ours)")
     latent_dim: int = option(128, "dimension of z (R)", low=1)
     lr: float = option(3e-4, "RMSprop's learning rate (paper §4, R)", low=1e-9)
     lr_Dis: float = option(3e-5, "that of Dis (R: the others' times its alpha, 0.1)", low=1e-9)
     alpha: float = option(0.99, "RMSprop's α (PyTorch's, R; not R's alpha)", low=0, high=1)
-    decay: float = option(0.0, "last share of the training, with falling rates", low=0, high=1.01)
     gamma: float = option(15.0, "weight γ of L_llike in Dec's loss (R)", low=0)
     gamma_enc: float = option(5.0, "weight of L_llike in Enc's loss (R; paper: 1)", low=0)
     precision: str = option("fp32", "of matrix products in training", ("fp32", "bf16"))
@@ -197,7 +198,8 @@ def vae_step(nets, opts, x, config):
 
 def to_x(pixels, data, config):
     """Vectors (B, X) in [0, 1] → the nets' images (B, C, S, S) in [−1, 1]."""
-    images = interpolate(data.images(pixels), config.image_size, mode="bicubic")
+    images, S = data.images(pixels), config.image_size
+    images = center_crop(images, S) if config.pad else interpolate(images, S, mode="bicubic")
     return 2 * images.clamp(0, 1) - 1
 
 
@@ -207,11 +209,14 @@ def encode(Enc, x, data, config):
     return hidden, shared.chunked(Enc[-1].mu, hidden, 250)
 
 
-def decode(Dec, z, data):
-    """Dec(z) (N, C, S, S) of codes z (N, Z), antialiased, as vectors (N, X) in [0, 1]."""
+def decode(Dec, z, data, config):
+    """Dec(z) (N, C, S, S) of codes z (N, Z), reduced or cut, as vectors (N, X) in [0, 1]."""
 
     def to_pixels(part):
-        x = interpolate(Dec(part), data.shape[1:], mode="bicubic", antialias=True)
+        x = Dec(part)
+        if config.pad:
+            x = center_crop(x, data.shape[1:])
+        x = interpolate(x, data.shape[1:], mode="bicubic", antialias=True)
         return (x.flatten(1).clamp(-1, 1) + 1) / 2
 
     return shared.chunked(to_pixels, z, 250)
@@ -239,11 +244,12 @@ def evaluate(nets, data, config, full=False):
     hidden_train, mu_train = encode(Enc, data.x_train, data, config)
     hidden_test, mu_test = encode(Enc, data.x_test, data, config)
     z = fixed_z(len(data.x_test), config, mu_test.device)
-    metrics = shared.image_metrics(data, decode(Dec, mu_test, data), decode(Dec_p, z, data))
+    x_rec, x_fake = decode(Dec, mu_test, data, config), decode(Dec_p, z, data, config)
+    metrics = shared.image_metrics(data, x_rec, x_fake)
     metrics |= shared.code_metrics(data, mu_train, mu_test, "short", full)
     if full:
         metrics |= shared.code_metrics(data, hidden_train, hidden_test, "long")
-        resized = decode(nn.Identity(), to_x(data.x_test, data, config), data)
+        resized = decode(nn.Identity(), to_x(data.x_test, data, config), data, config)
         floor = shared.image_metrics(data, x_fake=resized)
         metrics |= {f"{name}_floor": value for name, value in floor.items()}
     return metrics
@@ -257,7 +263,7 @@ def arithmetic(Enc, Dec, data, config):
         x = data.x_test[data.y_test == a][:10]
         mu = encode(Enc, x, data, config)[1]
         way = codes[data.y_train == b].mean(0) - codes[data.y_train == a].mean(0)
-        rows += [x, decode(Dec, mu, data), decode(Dec, mu + way, data)]
+        rows += [x, decode(Dec, mu, data, config), decode(Dec, mu + way, data, config)]
         names += ["x", "Dec(μ)", f"{a} → {b}"]
     return torch.cat(rows), names
 
@@ -278,9 +284,9 @@ def draw(run, data, config):
     Enc, Dec, Dec_p = settled(run.nets, data, config)
     title = f"{'VAE' if config.method == 'vae' else 'VAE-GAN'}, epoch {run.epoch}"
     z, x = fixed_z(100, config, data.x_test.device), data.x_test[:50]
-    samples = data.images(decode(Dec_p, z, data))
+    samples = data.images(decode(Dec_p, z, data, config))
     run.picture("samples", shared.grid(samples, 10, f"{title}: samples"))
-    x_rec = data.images(decode(Dec, encode(Enc, x, data, config)[1], data))
+    x_rec = data.images(decode(Dec, encode(Enc, x, data, config)[1], data, config))
     run.picture("reconstructions", shared.pairs(data.images(x), x_rec, f"{title}: x and Dec(μ)"))
     if data.y_train is not None and run.epoch == config.epochs:
         rows, names = arithmetic(Enc, Dec, data, config)
@@ -315,9 +321,6 @@ def main(config):
         for i in shared.batches(data.x_train, config.batch_size, config.seed, epoch):
             if run.step_in_epoch == steps:  # its own
                 break  # its own
-            share = min(1.0, (1 - run.progress) / config.decay) if config.decay else 1.0  # its own
-            for opt in opts.values():  # its own
-                opt.param_groups[0]["lr"] = share * opt.defaults["lr"]  # its own
             x = to_x(data.x_train[i], data, config)  # its own
             losses = step(nets, opts, x, config)  # its own
             epoch_losses.append(losses)  # its own
