@@ -124,6 +124,13 @@ def markdown(lines):
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def superseded(epochs, lengths):
+    """Whether a longer training of the method has as many seeds on each split."""
+    seeds = {split: len(runs) for split, runs in lengths[epochs].items() if split != "val"}
+    longer = [splits for other, splits in lengths.items() if other > epochs]
+    return any(all(len(splits.get(k, ())) >= n for k, n in seeds.items()) for splits in longer)
+
+
 def table(groups, features):
     """Ours below the paper's, in the paper's order; features: short or long."""
     lines = [["", "epochs", "seeds", "1-NN SW", "SVM SW", "1-NN DW", "SVM DW"]]
@@ -134,6 +141,8 @@ def table(groups, features):
             if line not in lines:
                 lines.append(line)
         for epochs, splits in groups[method].items():
+            if superseded(epochs, groups[method]):
+                continue
             seeds = [str(len(splits[split])) for split in ("sw", "dw") if split in splits]
             cells = []
             for kind, split in COLUMNS:
@@ -147,7 +156,8 @@ def table(groups, features):
 def full_table(groups):
     """table.md."""
     text = "Accuracy in %, mean ± standard deviation over seeds. Column seeds: how many on SW, "
-    text += "on DW; one number if only one of the two was run. Short features, E(x):\n\n"
+    text += "on DW; one number if only one of the two was run. A length is left out if a longer one "
+    text += "has as many seeds. Short features, E(x):\n\n"
     text += f"{table(groups, 'short')}\nLong features, the activations before E's last layer:\n\n"
     return text + table(groups, "long")
 

@@ -448,6 +448,21 @@ def test_raw_pixels_are_a_run_of_no_epochs_and_a_row_of_table_1(tmp_path, monkey
     assert row[:5] == ["raw pixels", "0", "1", "–", f"{run['eval/knn_acc_short']:.2f}"]
 
 
+def test_a_longer_training_replaces_a_shorter_one_if_it_has_as_many_seeds(tmp_path):
+    runs = [paper_run(BIGAN, "dw", seed, 90.0, 25) for seed in (0, 1)]
+    runs += [paper_run(BIGAN, "dw", seed, 91.0, 40) for seed in (0, 1)]
+    runs += [paper_run(BIGAN, "dw", 0, 92.0, 400), paper_run(BIGAN, "sw", 0, 92.0, 400)]
+    runs += [paper_run(FAST, "sw", 0, 93.0, 9), paper_run(FAST, "dw", 0, 94.0, 12)]
+    found = paper_table.gather(write(tmp_path, *runs))
+    rows = [row[:3] for row in cells(paper_table.table(found, "short")) if row[1]]
+    assert rows == [
+        ["BiGAN", "40", "2"],
+        ["BiGAN", "400", "1, 1"],
+        ["ALAE, preset fast", "9", "1"],
+        ["ALAE, preset fast", "12", "1"],
+    ]
+
+
 def test_ours_stand_below_the_papers(tmp_path):
     runs = [paper_run(OFFICIAL, "dw", 0, 94.0), paper_run(OFFICIAL, "dw", 1, 96.0)]
     runs += [paper_run(FAST, "sw", 0, 93.0, 9), paper_run(FAST, "val", 0, 1.0)]
