@@ -156,8 +156,8 @@ def table(groups, features):
 def full_table(groups):
     """table.md."""
     text = "Accuracy in %, mean ± standard deviation over seeds. Column seeds: how many on SW, "
-    text += "on DW; one number if only one of the two was run. A length is left out if a longer one "
-    text += "has as many seeds. Short features, E(x):\n\n"
+    text += "on DW; one number if only one of the two was run. A length is left out if a longer "
+    text += "one has as many seeds. Short features, E(x):\n\n"
     text += f"{table(groups, 'short')}\nLong features, the activations before E's last layer:\n\n"
     return text + table(groups, "long")
 
