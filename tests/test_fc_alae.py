@@ -350,3 +350,32 @@ def test_lenet_sees_the_true_digit_in_all_reconstructions_shown():
         judge = shared.lenet.lenet(torch.device("cpu"))
         digits = shared.lenet.judge(judge, data.images(x_rec)).argmax(1)
     assert digits.equal(data.y_test[:50])
+
+
+def test_the_floor_is_of_all_training_images_and_the_models_of_ten_draws(monkeypatch, tmp_path):
+    model, data = fid_floor.trained_model(), shared.load_data(shared.Protocol(), "cpu")
+    given = []
+
+    def fid(real, fake):
+        assert real.equal(data.images(data.x_test))
+        given.append(fake)
+        return float(len(given))
+
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(shared, "ROOT", tmp_path)
+    monkeypatch.setattr(shared, "load_data", lambda *_: data)
+    monkeypatch.setattr(shared.lenet, "fid", fid)
+    monkeypatch.setattr(fid_floor, "trained_model", lambda: model)
+    fid_floor.main()
+    assert [len(images) for images in given] == [10_000] * 16
+    sums = [torch.cat(given[:6]).flatten(1).sum(1).sort()[0], data.x_train.sum(1).sort()[0]]
+    torch.testing.assert_close(*sums)  # each training image once
+    config, nets = model
+    z = alae.fixed_z(10_000, config, "cpu")  # the draw that evaluates a model
+    torch.testing.assert_close(
+        given[6], data.images(alae.to_pixels(nets["G"](nets["F"](z)), config))
+    )
+    assert not given[7].equal(given[6])
+    text = (tmp_path / "results/fid_floor.md").read_text()
+    assert "test images): 3.50 ± 1.87." in text
+    assert "11.50 ± 3.03, from 7.00 to 16.00." in text and "first draw, 7.00." in text

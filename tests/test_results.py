@@ -531,6 +531,36 @@ def test_the_ablation_is_drawn_from_the_worst_to_the_best():
     assert labels[-1] == "tangent" and labels.index("critic-linear") < labels.index("recipe")
 
 
+def test_the_losses_of_a_gan_are_drawn_a_dot_a_seed_and_digit_by_digit():
+    found = figures.study(ROOT / "results", "gan_mnist", "gan_losses")
+    *panels, digits = figures.gan_losses(ROOT / "results").axes
+    for axes, metric in zip(panels, ("fid", "grad_norm_G", "digit_kl"), strict=True):
+        assert [text.get_text() for text in panels[0].get_yticklabels()] == list(found)
+        for place, (line, seeds) in enumerate(zip(axes.lines, found.values(), strict=True)):
+            assert list(line.get_xdata()) == [run[metric] for run in seeds.values()]
+            assert set(line.get_ydata()) == {place}
+    runs = sum((list(seeds.items()) for seeds in found.values()), [])
+    for line, (seed, run) in zip(digits.lines, runs, strict=True):
+        assert list(line.get_ydata()) == [run[f"digit_{digit}"] for digit in range(10)]
+        assert line.get_linestyle() == ("-" if seed == 0 else "--")
+
+
+def test_what_gets_clean_is_drawn_as_clean_md_has_it():
+    text = (ROOT / "results/paper_table/clean.md").read_text()
+    epochs = [int(cell) for cell in text.splitlines()[0].split("|")[3:-1]]
+    panels = figures.clean(ROOT / "results").axes
+    for axes, metric in zip(panels, ("test MSE", "identity %", "LeNet-FID"), strict=True):
+        assert axes.get_ylabel() == metric
+        lines = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in axes.lines}
+        rows = {label: numbers for label, name, *numbers in cells(text) if name == metric}
+        assert lines.keys() == rows.keys()
+        for label, numbers in rows.items():
+            for epoch, number in zip(epochs, numbers, strict=True):
+                if number != "–":
+                    digits = len(number.partition(".")[2])
+                    assert f"{lines[label][epoch]:.{digits}f}" == number
+
+
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_every_figure_is_drawn_from_what_is_kept(name):
     make = figures.FIGURES[name]
