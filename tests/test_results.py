@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
+from itertools import chain
 
 import shared
 
@@ -539,7 +540,7 @@ def test_the_losses_of_a_gan_are_drawn_a_dot_a_seed_and_digit_by_digit():
         for place, (line, seeds) in enumerate(zip(axes.lines, found.values(), strict=True)):
             assert list(line.get_xdata()) == [run[metric] for run in seeds.values()]
             assert set(line.get_ydata()) == {place}
-    runs = sum((list(seeds.items()) for seeds in found.values()), [])
+    runs = chain.from_iterable(seeds.items() for seeds in found.values())
     for line, (seed, run) in zip(digits.lines, runs, strict=True):
         assert list(line.get_ydata()) == [run[f"digit_{digit}"] for digit in range(10)]
         assert line.get_linestyle() == ("-" if seed == 0 else "--")
