@@ -213,14 +213,13 @@ class Data(NamedTuple):
         return x.unflatten(1, self.shape)
 
 
-def load_data(config, device, size=64):
-    """Data of config.dataset and config.split; pictures of a folder become squares of that size.
-
+def load_data(config, device, size=64, boxes=None):
+    """Data of config.dataset and config.split; a folder's pictures become squares of that size.
     Test images: dw official, sw a sixth of the others, val another sixth; a folder's dw is its sw.
-    """
+    boxes: as in read_pictures."""
     name, limit = config.dataset, (2000 if config.smoke else 10**9)
     if re.match("folder:.", name):
-        x = read_pictures(Path(name.removeprefix("folder:")).expanduser(), size, limit)
+        x = read_pictures(Path(name.removeprefix("folder:")).expanduser(), size, limit, boxes)
         y, x_test = torch.zeros(len(x)), None
     elif name in DATASETS:
         (x, y), (x_test, y_test) = load_archives(name, config.data_dir)
@@ -257,8 +256,9 @@ def load_archives(name, data_dir):
     return [(torch.as_tensor(part.data), torch.as_tensor(part.targets)) for part in parts]
 
 
-def read_pictures(folder, size, limit):
-    """Central squares of a folder's pictures: uint8 (N, size, size, 3), or (…, 1) if all grey."""
+def read_pictures(folder, size, limit, boxes=None):
+    """Central squares of a folder's pictures: uint8 (N, size, size, 3), or (…, 1) if all grey.
+    boxes, {(W, H): (left, top, right, bottom)}: what is cut from those of W×H pixels before."""
     known = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = sorted(path for path in folder.rglob("*.*") if path.suffix.lower() in known)
     if len(paths) < 100:
@@ -269,8 +269,8 @@ def read_pictures(folder, size, limit):
             image = ImageOps.exif_transpose(Image.open(path))
             if image.mode[0] in "IF":
                 raise ValueError(f"mode {image.mode}, but 8 bits a channel are needed")
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.LANCZOS)
-            pictures.append(np.asarray(image))
+            image = image.convert("RGB").crop(boxes and boxes.get(image.size))
+            pictures.append(np.asarray(ImageOps.fit(image, (size, size), Image.LANCZOS)))
         except Exception as error:  # PIL raises many kinds
             fail(f"{path}: not a readable picture ({error})")
     x = torch.from_numpy(np.stack(pictures))

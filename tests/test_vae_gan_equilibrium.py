@@ -298,6 +298,28 @@ def test_a_folder_of_pictures(name, monkeypatch, tmp_path, few_images):
     assert {path.stem for path in run.glob("*.png")} == pictures | {"samples", "reconstructions"}
 
 
+class Loaded(Exception):
+    pass
+
+
+def test_faces_of_celebas_size_are_cut_as_by_the_public_code(monkeypatch, tmp_path):
+    face = np.zeros((218, 178), np.uint8)
+    face[40:188, 15:163] = 255  # the box in its generator.py
+    for i in range(100):
+        Image.fromarray(face).save(tmp_path / f"{i:03}.png")
+    load_data = shared.load_data
+
+    def load(*args, **kwargs):
+        raise Loaded(load_data(*args, **kwargs), load_data(*args, kwargs["size"]))
+
+    monkeypatch.setattr(shared, "load_data", load)
+    with pytest.raises(Loaded) as stop:
+        train(monkeypatch, equilibrium, "--dataset", f"folder:{tmp_path}", "--batch-size", 10)
+    data, whole = stop.value.args
+    assert data.shape == whole.shape == (1, 32, 32)
+    assert data.x_train.eq(1).all() and whole.x_train.eq(0).any()
+
+
 # Evaluation
 
 
