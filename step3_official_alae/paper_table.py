@@ -28,6 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shared
 
+VAE_GAN = "width 0.25, image_size 32, pad True, precision bf16"
 METHODS = {  # (experiment, setting or, after 0 epochs, "untrained"): (the paper's row, ours)
     ("autoencoder_mnist", "loss l1"): ("AE(l1)", "AE(l1)"),
     ("autoencoder_mnist", ""): ("AE(l2)", "AE(l2)"),
@@ -44,7 +45,7 @@ METHODS = {  # (experiment, setting or, after 0 epochs, "untrained"): (the paper
     ("train_fc_alae", "preset signed"): ("ALAE", "ALAE, preset signed"),
     ("train_fc_alae", "preset long"): ("ALAE", "ALAE, preset long"),
     ("aae_freiburg", "preset ours"): ("", "AAE"),
-    ("vae_gan", "width 0.25, image_size 32, precision bf16"): ("", "VAE-GAN, ¼ of the width"),
+    ("vae_gan", VAE_GAN): ("", "VAE-GAN, ¼ of the width, padded"),
     ("raw_pixels", "untrained"): ("", "raw pixels"),
     ("train_fc_alae", "untrained"): ("", "untrained encoder of ALAE"),
 }
