@@ -66,6 +66,43 @@ def test_sizes(C, more):
     assert isinstance(nets["Dis"][0][-1], nn.LeakyReLU)  # features after batch norm
 
 
+@pytest.mark.parametrize("size", (32, 64))
+def test_width_and_image_size(size):
+    config = configure(width=0.125, image_size=size)
+    nets, x = vae_gan.build(config, 3), torch.rand(2, 3, size, size)
+    assert nets["Dec"](nets["Enc"](x)[0]).shape == x.shape and nets["Dis"](x).shape == (2, 1)
+    assert nets["Enc"][0].out_channels == 8 and nets["Dis"][0][0].out_channels == 4
+
+
+def test_initial_weights(monkeypatch):
+    """Convolutions and batch norm of Enc and Dec are rishabhd786's; all else is PyTorch's."""
+    torch.manual_seed(0)
+    ours = vae_gan.build(configure(width=0.25), 1)
+    torch.manual_seed(0)
+    monkeypatch.setattr(vae_gan, "start_normal", lambda _: None)
+    usual = vae_gan.build(configure(width=0.25), 1)
+    for name in ("Enc", "Dec"):
+        for layer, other in zip(ours[name].modules(), usual[name].modules(), strict=True):
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+                n = layer.weight.numel()
+                assert abs(layer.weight.mean()) < 4 * 0.02 / n**0.5
+                assert layer.weight.std().item() == pytest.approx(0.02, rel=4 / n**0.5)
+                assert layer.bias.equal(other.bias)
+            elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                n = layer.weight.numel()
+                assert layer.weight.mean().item() == pytest.approx(1, abs=4 * 0.02 / n**0.5)
+                assert layer.weight.std().item() == pytest.approx(0.02, rel=4 / n**0.5)
+                assert not layer.bias.any() and other.weight.eq(1).all()
+            elif isinstance(layer, nn.Linear):
+                assert layer.weight.equal(other.weight)
+    for layer in ours["Dis"].modules():
+        if isinstance(layer, nn.Conv2d):
+            bound = layer.weight[0].numel() ** -0.5  # of a uniform distribution
+            assert 0.9 * bound < layer.weight.abs().max() <= bound
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            assert layer.weight.eq(1).all()
+
+
 def there_and_back(images, config):
     """images (B, C, H, W) as the nets see them, and these as pixels again."""
     x = images.flatten(1)
