@@ -21,7 +21,7 @@ Expect (MNIST, a quarter of the width, bf16): default, identity 9 ± 2 %, as by 
 Deviations from the public code as of its last commits of main.py and network.py:
  1. It adds 0.001 inside the logarithms of L_GAN; here softplus(−l) = −log σ(l) of Dis's logit l.
  2. It smooths faces, cut to 148×148 as here, and resizes them by cubic interpolation; here by
-    Lanczos. Of pictures that have not CelebA's size the largest central square is taken.
+    Lanczos. Of pictures of another size the largest central square is taken.
  3. The last main.py has the learning rate 3e-4 (--preset rate). The default here is 1e-4, the
     README's, which belongs to an early main.py (29102a9) with mean losses and another decay and
     rule. Everything else is as in the last main.py.

@@ -165,6 +165,24 @@ def test_the_committed_lenet_is_right_on_99_percent(mnist):
     assert (ROOT / "assets" / "lenet.pt").stat().st_size < 1e6
 
 
+def test_lenets_training_images_are_moved_by_up_to_two_pixels():
+    images = torch.zeros(500, 1, 28, 28)
+    images[:, :, 14, 14] = 1
+    moved = shared.lenet.moved(images, torch.Generator().manual_seed(0))
+    assert moved.sum((1, 2, 3)).eq(1).all()  # the pixel stays one pixel
+    places = {divmod(place, 28) for place in moved.flatten(1).argmax(1).tolist()}
+    assert places == {(14 + i, 14 + j) for i in range(-2, 3) for j in range(-2, 3)}
+
+
+def test_lenets_training_learns_digits(mnist, monkeypatch):
+    few = mnist._replace(x_train=mnist.x_train[:3000], y_train=mnist.y_train[:3000])
+    monkeypatch.setattr(shared.lenet, "lenet", shared.lenet.lenet.__wrapped__)  # not the cached one
+    torch.manual_seed(0)
+    net = shared.lenet.train(few._replace(x_test=mnist.x_test[:100], y_test=mnist.y_test[:100]), 3)
+    digits = shared.lenet.judge(net, mnist.images(mnist.x_test[:2000])).argmax(1)
+    assert (digits == mnist.y_test[:2000]).float().mean() > 0.85
+
+
 def test_fid_is_the_frechet_distance_of_gaussians(mnist):
     a, b = mnist.images(mnist.x_test[:1000]), mnist.images(mnist.x_test[1000:2000] * 0.7)
     net = shared.lenet.lenet(CPU)[:-1]
