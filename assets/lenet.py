@@ -61,7 +61,8 @@ def fid(real, fake):
 def image_metrics(data, x_rec=None, x_fake=None):
     """Of reconstructions x_rec of the test images (M, X), and of samples x_fake (N, X); LeNet
     judges MNIST alone."""
-    metrics, by_lenet = {}, data.name == "mnist"
+    metrics = {}
+    by_lenet = data.name == "mnist"
     if x_rec is not None:
         metrics["eval/recon_mse"] = (data.x_test - x_rec.clamp(0, 1)).square().mean().item()
     if x_rec is not None and by_lenet:

@@ -250,7 +250,7 @@ def evaluate(nets, data, config, full=False):
 
 
 def decode(run, data, z, y):
-    """P's images (n, C, H, W) of z (n, Z or less) and of y (n, K), or one (1, K) for all."""
+    """P's images (n, C, H, W) of z (n, ·), filled up with 0 or cut to Z, and of y (n or 1, K)."""
     z = pad(z, (0, run.config.latent_dim - z.shape[1])).to(y)
     codes = torch.cat([z, y.expand(len(z), -1)], 1)
     return data.images(shared.chunked(run.nets["P"], codes, 1000).sigmoid())

@@ -57,7 +57,7 @@ class Config(shared.Protocol):
     precision: str = option("fp32", "of matrix products in training", ("fp32", "bf16"))
 
 
-# B batch, Z = latent_dim, X = pixels
+# B batch, Z = latent_dim, X = pixels (784), H = 1000
 
 
 def build(config, X):

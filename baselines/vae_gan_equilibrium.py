@@ -25,8 +25,8 @@ Deviations from the public code as of its last commits of main.py and network.py
  3. The last main.py has the learning rate 3e-4 (--preset rate). The default here is 1e-4, the
     README's, which belongs to an early main.py (29102a9) with mean losses and another decay and
     rule. Everything else is as in the last main.py.
- 4. --joint is the single pass of main_1.py alone. That file also has x̃ in L_GAN, and compares x_p
-    with x.
+ 4. --joint is the single pass of main_1.py alone. That file also has x̃ in L_GAN, compares x_p with
+    x, and trains Dec on swapped labels of x̃ and x_p.
  5. With --gan-reconstruction x̃ joins the second pass; the rule still looks at x and x_p.
  6. Reconstructions in pictures and metrics are Dec(μ); there Dec(z) of a z ~ N(μ, diag s²).
  7. What is drawn and measured has batch norm's mean statistics over 64 batches of its own kind: of
@@ -53,7 +53,7 @@ PRESETS = {
     "published": {},
     "learns": LEARNS,  # ours, as clean
     "clean": LEARNS | {"epochs": 8, "lr_decay": 0.75, "gan_reconstruction": True},
-    # published, one thing changed
+    # a study: published with one thing changed (rate-no-decay: two), or learns (learns-rate)
     "rate": {"lr": 3e-4},  # main.py's (deviation 3)
     "no-decay": {"lr_decay": 1.0},  # an epoch of CelebA is as long as three of MNIST
     "rate-no-decay": {"lr": 3e-4, "lr_decay": 1.0},

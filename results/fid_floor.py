@@ -57,6 +57,8 @@ def main():
 
 
 if __name__ == "__main__":
-    kwargs = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    argparse.ArgumentParser(description=__doc__, **kwargs).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = shared.fail
+    parser.parse_args()
     main()

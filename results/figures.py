@@ -187,8 +187,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = fail
-    names = {"choices": tuple(FIGURES), "metavar": "NAME", "help": ", ".join(FIGURES)}
-    parser.add_argument("names", nargs="+", **names)
+    kwargs = {"choices": tuple(FIGURES), "metavar": "NAME", "help": ", ".join(FIGURES)}
+    parser.add_argument("names", nargs="+", **kwargs)
     parser.add_argument("--runs", type=Path, help="a folder of runs (default: results)")
     options = parser.parse_args()
     if options.runs and not options.runs.is_dir():

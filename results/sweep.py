@@ -7,6 +7,7 @@
 Commands are built by W&B's own code, so that `wandb sweep FILE` and `wandb agent ID` run the same.
 A run is OUT_DIR/<experiment>/<file>-<its choice of values>, with a log beside it. What is done is
 skipped and what was stopped goes on, so this may be stopped, and started again, at any moment.
+A boolean that is false is left out of the command: it cannot switch off what is on by default.
 """
 
 import argparse

@@ -180,9 +180,9 @@ def commands(found):
 def tables(found):
     """Of every kind of runs the table and the commands."""
     kinds = {}
-    for s in found:
-        kind = KINDS.get(s["experiment"], s["experiment"])
-        kinds.setdefault(kind, []).append(s)
+    for run in found:
+        kind = KINDS.get(run["experiment"], run["experiment"])
+        kinds.setdefault(kind, []).append(run)
     text = ""
     for kind, runs in sorted(kinds.items()):
         text += f"\n## {kind}\n\n{table(runs)}\n{commands(runs)}"
@@ -194,17 +194,17 @@ def renew(text):
     every = summaries(ROOT / "results")
 
     def content(marker):
-        name = marker[2]
-        if name == "all runs":
-            text = f"{tables(every)}\n"
-        elif "|" in name:
-            experiments, data, metrics = (part.split() for part in name.split("|"))
+        wanted = marker[2]
+        if wanted == "all runs":
+            new = f"{tables(every)}\n"
+        elif "|" in wanted:
+            experiments, data, metrics = (part.split() for part in wanted.split("|"))
             starts = tuple(name if "/" in name else f"{name}/" for name in experiments)
-            found = [s for s in every if f"{s['experiment']}/{s['run']}".startswith(starts)]
-            text = table([s for s in found if [s["dataset"], s["split"]] == data], metrics)
+            found = [run for run in every if f"{run['experiment']}/{run['run']}".startswith(starts)]
+            new = table([run for run in found if [run["dataset"], run["split"]] == data], metrics)
         else:
-            text = (ROOT / f"results/paper_table/{name}.md").read_text()
-        return marker[1] + text + marker[3]
+            new = (ROOT / f"results/paper_table/{wanted}.md").read_text()
+        return marker[1] + new + marker[3]
 
     return re.sub(r"(<!-- table: (.+?) -->\n).*?(<!-- /table -->)", content, text, flags=re.DOTALL)
 

@@ -94,8 +94,8 @@ class Config(shared.Protocol):
     preset: str = option("recipe", "ours, the student's, or a study of ours", tuple(PRESETS))
     k: int = option(10, "dimension of z and w", low=1)
     steps: int = option(16_000, "training steps (ours)", low=0)
-    batch_size: int = option(512, "images per step (ours; paper: 128)", low=1)
-    lr: float = option(0.004, "rate of E, F and G at the start (ours; paper: 0.002)", low=1e-9)
+    batch_size: int = option(512, "images per step (ours; official code: 128)", low=1)
+    lr: float = option(0.004, "rate of E, F, G at the start (ours; official code: 0.002)", low=1e-9)
     lr_critic: float = option(0.001, "learning rate of D at the start (ours)", low=1e-9)
     lr_end: float = option(0.01, "rates fall to this share (ours; 1: constant)", low=0, high=1.01)
     critic: str = option("quadratic", "D: w → ℝ (ours)", ("linear", "quadratic", "mlp"))
@@ -118,16 +118,16 @@ class Config(shared.Protocol):
 
 
 class Quadratic(nn.Module):
-    """D(w) = wᵀAw − c, A = BᵀB + least I, for w (B, k); least: φν."""
+    """D(w) = wᵀAw − c, A = BᵀB + floor I, for w (B, k); floor: φν."""
 
-    def __init__(self, k, least):
+    def __init__(self, k, floor):
         super().__init__()
         self.B = nn.Parameter(0.1 * torch.eye(k))
         self.c = nn.Parameter(torch.zeros(()))
-        self.least = least
+        self.floor = floor
 
     def forward(self, w):
-        return (w @ self.B.T).square().sum(1) + self.least * w.square().sum(1) - self.c
+        return (w @ self.B.T).square().sum(1) + self.floor * w.square().sum(1) - self.c
 
 
 def build(config, x):

@@ -19,14 +19,16 @@ github.com/podgorskiy/ALAE):
     Step III with the moments of Steps I and II.
  2. Step III moves E and G alone; in the code F moves as well (its target is detached, its input is
     not). D does not, but its zero gradients shrink its second moment.
- 3. Equalized learning rate as in PGGAN: weights ŵ ~ N(0, 1/lrmul²), scaled at run time by c =
-    √2 lrmul/√fan_in, under torch.optim.Adam; the code's LREQAdam does the same, except for ε.
+ 3. Adam with β = (0, 0.99) and PGGAN's equalized learning rate, as the paper says: weights ŵ ~
+    N(0, 1/lrmul²), scaled at run time by c = √2 lrmul/√fan_in, under torch.optim.Adam; the code's
+    LREQAdam does the same, except for ε.
  4. D is a network, with leaky ReLU between its layers; the code's D is a product of three matrices.
  5. E ends in a linear layer; the code's E ends in a leaky ReLU, as F does in both.
  6. The paper names no rate and no batch. 0.004 and 64 are ours: leads found on test images, then
     tried on val in runs that are not kept. The code has 0.002 and 128.
 What the paper leaves open is the code's: pixel norm of z, F's six layers, the lower learning rate
-of F and D, β = (0, 0.99), slope 0.2, averaged weights, L_err as a mean over the dimensions of w.
+of F and D, slope 0.2, averaged weights. So is L_err as a mean over the dimensions of w, where the
+paper has a squared norm; Adam undoes that factor, except for ε.
 """
 
 import copy

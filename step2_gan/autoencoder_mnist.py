@@ -2,7 +2,8 @@
 
 ⟨·⟩ is a mean over the data:
 
-    l1, l2  min over E, G  ⟨‖x − G(E(x + σ ε))‖₁ or ‖·‖₂²⟩, ε ~ N(0, I); σ > 0: denoising  (table 1)
+    l1, l2  min over E, G  ⟨‖x − G(E(x + σ ε))‖₁ or ‖·‖₂²⟩, ε ~ N(0, I); σ = 0 in table 1 of ALAE's
+            paper, σ > 0: denoising
     bce     the same with the cross-entropy of pixels in [0, 1] and a sigmoid behind G, as
             github.com/fducau/AAE_pytorch has it
     vae     ⟨−log p(x | z)⟩ + KL(q(z | x) ‖ N(0, I)),  z = μ + s ε,  q = N(μ, diag s²),

@@ -65,7 +65,7 @@ class Config(shared.Protocol):
     gamma: float = option(10.0, "the penalty's weight: γ (1801.04406) or λ (1704.00028)", low=0)
     critic_steps: int = option(1, "steps of D for one of G (WGAN-GP: 5)", low=1)
     latent_dim: int = option(50, "dimension of z", low=1)
-    ema: float = option(10_000.0, "half-life, in images, of G's average (train_alae.py)", low=1)
+    ema: float = option(10_000.0, "half-life in images of G's average (train_alae.py)", low=1)
     eval_weights: str = option("ema", "evaluate the averaged or the raw weights", ("raw", "ema"))
     eval_every: int = option(2, "epochs between evaluations, and pictures", low=1)
     precision: str = option("fp32", "of matrix products in training", ("fp32", "bf16"))

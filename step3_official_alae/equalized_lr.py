@@ -36,7 +36,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import linear, softplus
 
-BETA2, GAMMA = 0.99, 10.0  # of Adam; weight γ of R1
+BETA2 = 0.99  # of Adam
+GAMMA = 10.0  # weight γ of R1
 WAYS = {"lreq": "LREQAdam", "runtime": "run-time scaling", "groups": "groups", "plain": "Adam"}
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)  # of plain Adam; in wide layers LREQAdam's c ≈ 1/20
 PRESETS = {"official": {}} | {f"rate-{rate}": {"lr_plain": rate, "lr": 20 * rate} for rate in RATES}
@@ -233,7 +234,8 @@ def compare_updates(run, nets, before):
 
 def evaluate(nets, data, config, full=False):
     """The same few metrics of each way, under its name, full or not."""
-    metrics, generator = {}, torch.Generator().manual_seed(0)
+    metrics = {}
+    generator = torch.Generator().manual_seed(0)
     z = torch.randn(len(data.x_test), config.latent_dim, generator=generator).to(data.x_test)
     for way in WAYS:
         F, G, E, _ = nets[way].values()

@@ -16,8 +16,9 @@ Expect (seed 0, test images): official LeNet-FID 148, identity 88.4 %; fast 3.4 
 2.8 and 94.5 %; long 2.1 and 95.0 %.
 
 Deviations from the paper (P) or the official code (O: github.com/podgorskiy/ALAE, mnist_fc.yaml):
- 1. P: "Adam"; O and here: LREQAdam, Adam with β1 = 0 whose step has a factor c for each
-    tensor: √2 lrmul/√fan_in for weights, lrmul for biases.
+ 1. P: Adam, β = (0, 0.99), and PGGAN's equalized learning rate. O and here: LREQAdam, the same but
+    for ε (equalized_lr.py); its step has a factor c for each tensor, √2 lrmul/√fan_in for weights,
+    lrmul for biases.
  2. P: Step III updates E and G; O and here: its optimizers hold D and F as well. F moves (only the
     target w is detached); D gets zero gradients, which shrink its second moment.
     P: L_err is a squared norm; O and here its mean over the dimensions of w.
@@ -90,7 +91,7 @@ class Config(shared.Protocol):
     width: int = option(1024, "units of the hidden layers of E and G (paper §6.1)", low=1)
     gamma: float = option(10.0, "weight γ of R1 (paper, algorithm 1)", low=0)
     err_weight: float = option(1.0, "weight of L_err in Step III (algorithm 1: 1)", low=0)
-    ema: float = option(10_000.0, "half-life of averaged weights, images (train_alae.py)", low=1)
+    ema: float = option(10_000.0, "half-life in images of averaged weights (train_alae.py)", low=1)
     input_range: str = option("01", "pixels in [0, 1] (mnist_ref) or [−1, 1] (main)", ("01", "11"))
     slope: float = option(0.2, "leaky slope in G, on E's output (net.py; mnist_ref: 0.01)", low=0)
     mapping: str = option(
