@@ -14,7 +14,7 @@ tells x from x̃ and from samples x_p = Dec(z_p):
     python baselines/vae_gan.py --method vae     # a VAE with the same Enc and Dec, to compare
     python baselines/vae_gan.py --width 1 --image-size 64 --epochs 25    # all of rishabhd786's
 
-Expect (CPU, 30 epochs, bf16): LeNet-FID 33, with --pad 16 (two seeds); identity 98.6 and 98.4 %.
+Expect (CPU, 30 epochs, bf16): LeNet-FID 33 (seed 1), with --pad 16.1 ± 0.3 (seeds 0 and 1).
 
 Deviations from the paper (P) and the public code, R: github.com/rishabhd786/VAE-GAN-PYTORCH:
  1. P: eq. 5 has L_GAN as a log-likelihood, algorithm 1 descends it for Dis; here its negative.
