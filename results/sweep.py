@@ -4,7 +4,7 @@
     python results/sweep.py step3_official_alae/sweeps/table1_*.yaml --dry     # print the commands
     python results/sweep.py step2_gan/sweeps/gan_losses.yaml -- --wandb        # more for every run
 
-Commands are built by W&B's own code, so that `wandb sweep FILE` and `wandb agent ID` run the same.
+Commands are built by W&B's own code, so that `wandb sweep` and `wandb agent` run the same.
 A run is OUT_DIR/<experiment>/<file>-<its choice of values>, with a log beside it. What is done is
 skipped and what was stopped goes on, so this may be stopped, and started again, at any moment.
 A boolean that is false is left out of the command: it cannot switch off what is on by default.
