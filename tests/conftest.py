@@ -274,3 +274,10 @@ def assert_same(a, b):
         assert a.equal(b)
     else:
         assert a == b
+
+
+def check_an_eighth(nets, size):
+    """A VAE-GAN's nets of an eighth of the width take and give pictures of this size."""
+    x = torch.rand(2, 3, size, size)
+    assert nets["Dec"](nets["Enc"](x)[0]).shape == x.shape and nets["Dis"](x).shape == (2, 1)
+    assert nets["Enc"][0].out_channels == 8 and nets["Dis"][0][0].out_channels == 4

@@ -179,7 +179,7 @@ def test_lenets_training_learns_digits(mnist, monkeypatch):
     few = mnist._replace(x_train=mnist.x_train[:3000], y_train=mnist.y_train[:3000])
     monkeypatch.setattr(shared.lenet, "lenet", shared.lenet.lenet.__wrapped__)  # not the cached one
     torch.manual_seed(0)
-    net = shared.lenet.train(few._replace(x_test=mnist.x_test[:100], y_test=mnist.y_test[:100]), 3)
+    net = shared.lenet.train(few, epochs=3)
     digits = shared.lenet.judge(net, mnist.images(mnist.x_test[:2000])).argmax(1)
     assert (digits == mnist.y_test[:2000]).float().mean() > 0.85
 

@@ -6,7 +6,7 @@ import benchmark
 import pytest
 import torch
 import vae_gan
-from conftest import assert_same, fake_run, record, see, state_of, toy_data, train
+from conftest import assert_same, check_an_eighth, fake_run, record, see, state_of, toy_data, train
 from torch import nn
 from torch.autograd import grad
 from torch.distributions import Normal, kl_divergence
@@ -68,10 +68,8 @@ def test_sizes(C, more):
 
 @pytest.mark.parametrize("size", (32, 64))
 def test_width_and_image_size(size):
-    config = configure(width=0.125, image_size=size)
-    nets, x = vae_gan.build(config, 3), torch.rand(2, 3, size, size)
-    assert nets["Dec"](nets["Enc"](x)[0]).shape == x.shape and nets["Dis"](x).shape == (2, 1)
-    assert nets["Enc"][0].out_channels == 8 and nets["Dis"][0][0].out_channels == 4
+    nets = vae_gan.build(configure(width=0.125, image_size=size), 3)
+    check_an_eighth(nets, size)
 
 
 def test_initial_weights(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import vae_gan
 import vae_gan_equilibrium as equilibrium
-from conftest import assert_same, fake_run, record, see, state_of, toy_data, train
+from conftest import assert_same, check_an_eighth, fake_run, record, see, state_of, toy_data, train
 from PIL import Image
 from test_vae_gan import assert_settled, sgd
 from torch import nn
@@ -53,10 +53,8 @@ def test_sizes_are_those_of_the_public_code():
 
 @pytest.mark.parametrize("size", (32, 64))
 def test_width_and_image_size(size):
-    config = configure(width=0.125, image_size=size)
-    nets, x = equilibrium.build(config, 3), torch.rand(2, 3, size, size)
-    assert nets["Dec"](nets["Enc"](x)[0]).shape == x.shape and nets["Dis"](x).shape == (2, 1)
-    assert nets["Enc"][0].out_channels == 8 and nets["Dis"][0][0].out_channels == 4
+    nets = equilibrium.build(configure(width=0.125, image_size=size), 3)
+    check_an_eighth(nets, size)
 
 
 def test_initial_weights_are_uniform_and_a_root_of_three_below_pytorchs():
